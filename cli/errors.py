@@ -1,0 +1,11 @@
+"""The family of errors that end a program with one line and exit code 2."""
+
+from gpt.errors import GPTError
+from store.errors import StoreError
+
+
+class UserError(Exception):
+    """Something the user can set right; the message says what was found, what was expected and what to do."""
+
+
+USER_ERRORS = (UserError, StoreError, GPTError)

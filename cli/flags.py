@@ -1,0 +1,128 @@
+"""Command-line flags made from a dataclass: each default and help text stands once, in the dataclass."""
+
+import argparse
+import dataclasses
+import difflib
+import errno
+import logging
+import os
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, TypeVar
+
+from cli.errors import USER_ERRORS
+
+C = TypeVar("C")
+
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+
+
+def flag(default: Any, help: str, *, parse: Callable[[str], Any] | None = None, env: str | None = None) -> Any:
+    """A dataclass field with its help text; `parse` reads unusual values, `env` names a fallback variable."""
+    if isinstance(default, list | dict):
+        raise TypeError("flag defaults are immutable: use a tuple")
+    return dataclasses.field(default=default, metadata={"help": help, "parse": parse, "env": env})
+
+
+def number(text: str) -> int:
+    """An int with an optional unit: 300, 1e9, 50MB, 2.5G, 1_000. Raises ValueError."""
+    m = re.fullmatch(r"([0-9][0-9_]*(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([KMGT]?I?)B?", text.strip(), re.IGNORECASE)
+    if not m:
+        raise ValueError(f"'{text}' is not a number such as 300, 2.5G or 50MB")
+    return round(float(m[1].replace("_", "")) * UNITS[m[2].upper()])
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line instead of argparse's usage block, with the flag that was probably meant."""
+        m = re.match(r"unrecognized arguments: (\S+)", message)
+        if m:
+            name = m[1].split("=")[0]
+            known = [o for a in self._actions for o in a.option_strings]
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+            hint = f"did you mean {near[0]}?" if near else "see --help"
+            message = f"unknown flag {name}; {hint}" if name.startswith("-") else f"unexpected argument {name}; {hint}"
+        print(f"error: {message}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def _plain_type(hint: Any) -> Any:
+    """`X | None` -> X."""
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        return next(a for a in typing.get_args(hint) if a is not type(None))
+    return hint
+
+
+def parse(config_type: type[C], argv: Sequence[str] | None, *, prog: str, description: str) -> tuple[C, frozenset[str]]:
+    """(the filled dataclass, the names of the fields that were given on the command line).
+
+    A bool field gives --name and --no-name, a Literal field its choices, a tuple field one or more values.
+    A bad or unknown flag prints one line and exits with code 2.
+    """
+    parser = _Parser(prog=prog, description=description, allow_abbrev=False)
+    hints = typing.get_type_hints(config_type)
+    for f in dataclasses.fields(config_type):  # type: ignore[arg-type]
+        hint = _plain_type(hints[f.name])
+        options: dict[str, Any] = {"default": argparse.SUPPRESS, "dest": f.name}
+        shown = f.default if f.default not in (None, (), "") else None
+        options["help"] = f.metadata["help"] + (f" (default: {shown})" if shown is not None else "")
+        options["help"] = options["help"].replace("%", "%%")
+        if hint is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif typing.get_origin(hint) is typing.Literal:
+            options["choices"] = typing.get_args(hint)
+        else:
+            if typing.get_origin(hint) is tuple:
+                options["nargs"] = "+"
+                hint = typing.get_args(hint)[0]
+            convert = f.metadata["parse"] or (number if hint is int else hint)
+            options["type"] = _named(convert, hint)
+            options["metavar"] = {int: "N", float: "X", str: "TEXT"}.get(hint, "VALUE")
+        parser.add_argument("--" + f.name.replace("_", "-"), **options)
+    given = vars(parser.parse_args(argv))
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    for f in dataclasses.fields(config_type):  # type: ignore[arg-type]
+        env = f.metadata["env"]
+        if env and f.name not in values and os.environ.get(env):
+            values[f.name] = os.environ[env]
+    return config_type(**values), frozenset(given)
+
+
+def _named(convert: Callable[[str], Any], hint: type) -> Callable[[str], Any]:
+    """`convert` with an error message a person can use (argparse shows ArgumentTypeError as it is)."""
+
+    def read(text: str) -> Any:
+        try:
+            return convert(text)
+        except (ValueError, TypeError) as e:
+            plain = f"'{text}' is not {'a whole number' if hint is int else 'a number' if hint is float else 'valid'}"
+            raise argparse.ArgumentTypeError(str(e) if convert not in (int, float) else plain) from e
+
+    return read
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Run a program's `main` and exit: 0 or its own code; 2 with one line for what a user can set right."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    try:
+        code = main() or 0
+        sys.stdout.flush()
+    except USER_ERRORS as e:
+        print(f"error: {e}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `| head` closed the pipe: not an error
+        code = 0
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        print(f"error: {e.filename or 'storage'}: {e.strerror}; make room or choose another folder, "
+              "then run the same command again", file=sys.stderr)  # fmt: skip
+        code = 2
+    sys.exit(code)

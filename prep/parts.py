@@ -1,0 +1,143 @@
+"""What passes between preparation's stages: one file per task and stage, committed whole, skipped when found valid.
+
+A cleaned part holds documents as arrays: the UTF-8 of all turns end to end, the length and role of each turn, the turns
+of each document and its 64-bit hash. An encoded part holds documents in the order of their shuffle keys, so that every
+output shard is one slice of every part. Both are safetensors: arrays and a text header, nothing executable.
+"""
+
+import itertools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import xxhash
+import zstandard
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+
+from store import fs
+from store.errors import DataError
+
+ROLES = (None, "user", "assistant", "system")  # a part stores the index
+
+
+@dataclass
+class Documents:
+    """Cleaned documents of one part."""
+
+    text: np.ndarray  # (bytes,) uint8, all turns end to end
+    turn_bytes: np.ndarray  # (turns,) uint32
+    turn_role: np.ndarray  # (turns,) uint8, index into ROLES
+    doc_turns: np.ndarray  # (documents,) uint32
+    doc_hash: np.ndarray  # (documents,) uint64
+
+    @classmethod
+    def build(cls, documents: list[list[tuple[str | None, str]]]) -> "Documents":
+        """Arrays of documents given as turns of (role, text)."""
+        pieces: list[bytes] = []
+        roles, hashes = bytearray(), []
+        for document in documents:
+            said = [text.encode() for _, text in document]
+            by = bytes(ROLES.index(role) for role, _ in document)
+            # 0xff occurs in no UTF-8: different turns can never join to the same bytes
+            hashes.append(xxhash.xxh3_64_intdigest(b"\xff".join((*said, by))))
+            pieces += said
+            roles += by
+        return cls(
+            np.frombuffer(b"".join(pieces), np.uint8),
+            np.fromiter(map(len, pieces), np.uint32, len(pieces)),
+            np.frombuffer(bytes(roles), np.uint8),
+            np.fromiter(map(len, documents), np.uint32, len(documents)),
+            np.array(hashes, np.uint64),
+        )
+
+    def select(self, keep: np.ndarray) -> "Documents":
+        """Only the documents where `keep`, (documents,) bool, is true."""
+        if keep.all():
+            return self
+        turns = np.repeat(keep, self.doc_turns)
+        text = self.text[np.repeat(turns, self.turn_bytes)]
+        return Documents(text, self.turn_bytes[turns], self.turn_role[turns], self.doc_turns[keep], self.doc_hash[keep])
+
+    def turns(self) -> list[str]:
+        """The text of every turn."""
+        blob, ends = self.text.tobytes(), np.cumsum(self.turn_bytes, dtype=np.int64).tolist()
+        return [str(blob[a:b], "utf-8") for a, b in itertools.pairwise([0, *ends])]
+
+
+@dataclass
+class Encoded:
+    """Encoded documents of one part, in ascending order of `key`."""
+
+    key: np.ndarray  # (documents,) uint64
+    tokens: np.ndarray  # (documents,) uint32, ids per document
+    ids: np.ndarray  # (sum of tokens,) uint16 or uint32, documents end to end
+
+
+def save_documents(path: Path, documents: Documents) -> list[Path]:
+    """Publish a cleaned part, zstd level 1 (12 GB of text must not cost 12 GB of disk), and its index; the files."""
+    raw = save_tensors(vars(documents))
+    fs.put_bytes(str(path), zstandard.ZstdCompressor(level=1, write_checksum=True).compress(raw))
+    turn_ends = np.cumsum(documents.doc_turns, dtype=np.int64)
+    text_ends = np.append(0, np.cumsum(documents.turn_bytes, dtype=np.int64))[turn_ends]
+    index = np.stack([documents.doc_hash, np.diff(text_ends, prepend=0).astype(np.uint64)])
+    return [path, _save_array(path.with_suffix(".index.npy"), index)]
+
+
+def load_index(path: Path) -> np.ndarray:
+    """(2, documents) uint64 of a cleaned part: hash and text bytes of each document, without reading the text."""
+    return np.load(path.with_suffix(".index.npy"), allow_pickle=False)
+
+
+def load_documents(path: Path) -> Documents:
+    """Read a cleaned part back. Raises DataError if it is damaged."""
+    try:
+        return Documents(**load_tensors(zstandard.ZstdDecompressor().decompress(path.read_bytes())))
+    except (OSError, zstandard.ZstdError, SafetensorError, TypeError) as e:
+        raise DataError(f"{path}: damaged working file ({e}): delete {path.parent} and run prep again") from e
+
+
+def save_encoded(path: Path, part: Encoded) -> list[Path]:
+    """Publish an encoded part, uncompressed: shards are gathered from it by memory map. Returns the files."""
+    return [_save_array(path.with_suffix(f".{name}.npy"), array) for name, array in vars(part).items()]
+
+
+def _save_array(path: Path, array: np.ndarray) -> Path:
+    with fs.staged(path) as temporary, open(temporary, "wb") as f:
+        np.save(f, array, allow_pickle=False)
+    return path
+
+
+def load_encoded(path: Path) -> Encoded:
+    """Memory-map an encoded part."""
+    names = ("key", "tokens", "ids")
+    return Encoded(*(np.load(path.with_suffix(f".{n}.npy"), mmap_mode="r", allow_pickle=False) for n in names))
+
+
+def save_marker(path: Path, figures: dict, files: list[Path]) -> dict:
+    """Publish the marker that a task is done: its figures, and the size and hash of each file it wrote."""
+    proofs = {f.name: [f.stat().st_size, _xxh3(f)] for f in files}
+    marker = {**figures, "files": proofs}
+    fs.put_bytes(str(path), json.dumps(marker, ensure_ascii=False).encode())
+    return marker
+
+
+def load_marker(path: Path) -> dict | None:
+    """The marker of a task whose files are all there and unchanged; None otherwise: then it is simply done again."""
+    try:
+        marker = json.loads(path.read_bytes())
+        files = {path.parent / name: proof for name, proof in marker["files"].items()}
+        whole = all([f.stat().st_size, _xxh3(f)] == proof for f, proof in files.items())
+        return marker if whole else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _xxh3(path: Path) -> str:
+    digest = xxhash.xxh3_64()
+    with open(path, "rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,225 @@
+"""Preparation's passes. Each is a list of pure tasks: inputs -> files and a marker, skipped when the marker proves them.
+
+Between passes, what is global (duplicates, sample, split, order) is decided from small arrays.
+"""
+
+import functools
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cli.progress import Meter
+from gpt.tokenizer import Tokenizer
+from prep import clean as cleaning
+from prep import corpus, dedup, encode, merge, parts
+from prep.pool import Pool
+from store import fs
+from store.shards import Shard
+
+EXAMPLES_PER_REASON = 3
+BATCH_BYTES = 8 << 20
+
+
+@dataclass(frozen=True)
+class Cleaned:
+    """What the clean pass gives: its parts in the order of the corpus, and what it counted."""
+
+    parts: list[Path]
+    counts: Counter
+    examples: dict[str, list[str]]
+
+
+# ---- clean ----------------------------------------------------------------------------------------------------------
+
+
+def clean_corpus(tasks: list[corpus.Task], work: Path, *, rule_set: str, pool: Pool) -> Cleaned:
+    """Read, cut into documents, clean, drop, hash."""
+    counts, examples, done = Counter(), {}, []
+    with Meter("clean", sum(t.stop - t.start for t in tasks), "B") as meter:
+        jobs = ((task, work, rule_set) for task in tasks)
+        for task, marker in zip(tasks, pool.run(clean_task, jobs), strict=True):
+            counts.update(marker["counts"])
+            for reason, found in marker["examples"].items():
+                known = examples.setdefault(reason, [])
+                known += found[: EXAMPLES_PER_REASON - len(known)]
+            done += [work / name for name in marker["files"] if name.endswith(".zst")]
+            meter.add(task.stop - task.start, f"{counts['kept']} documents kept")
+    return Cleaned(done, counts, examples)
+
+
+def clean_task(task: corpus.Task, work: Path, rule_set: str) -> dict:
+    """One byte range -> cleaned parts and their marker."""
+    marker_path = work / f"clean-{task.index:06d}.json"
+    if marker := parts.load_marker(marker_path):
+        return marker
+    rules, counts, examples, files = cleaning.RULES[rule_set], Counter(), {}, []
+    for number, chunk in enumerate(corpus.read_chunks(task)):
+        text, invalid = corpus.decode(chunk, strict=rule_set == "strict", where=fs.redact(task.source.url))
+        counts["bytes"] += len(chunk)
+        counts["invalid_utf8"] += invalid
+        kept = []
+        for record in corpus.documents(text, task.source.kind):
+            counts["documents"] += 1
+            document = record if isinstance(record, str) else _clean_document(record, rules)
+            if isinstance(document, str):
+                counts[f"dropped_{document}"] += 1
+                if len(examples.setdefault(document, [])) < EXAMPLES_PER_REASON and not isinstance(record, str):
+                    examples[document].append("\n".join(t for _, t in record)[:200])
+            else:
+                kept.append(document)
+        counts["kept"] += len(kept)
+        if kept:
+            documents = parts.Documents.build(kept)
+            counts["kept_bytes"] += len(documents.text)
+            counts["turns"] += len(documents.turn_role)
+            counts["chat"] += sum(document[0][0] is not None for document in kept)
+            files += parts.save_documents(work / f"clean-{task.index:06d}-{number:04d}.zst", documents)
+    return parts.save_marker(marker_path, {"counts": dict(counts), "examples": examples}, files)
+
+
+def _clean_document(record: corpus.Document, rules: tuple[str, ...]) -> corpus.Document | str:
+    """The cleaned document without its empty turns, or the reason it is dropped."""
+    texts = cleaning.clean_turns([text for _, text in record], rules)
+    turns = [(role, text) for (role, _), text in zip(record, texts, strict=True) if text]
+    return cleaning.drop_reason([text for _, text in turns], rules) or turns
+
+
+# ---- select ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which documents of each part are kept, and which of those teach the tokenizer: lists of (documents,) bool."""
+
+    keep: list[np.ndarray]
+    sample: list[np.ndarray]
+    val_limit: int
+    duplicates: int
+    sample_bytes: int
+
+
+def select(cleaned: Cleaned, *, deduplicate: bool, val_fraction: float, sample_bytes: int, seed: int) -> Selection:
+    """Decide duplicates, validation and the tokenizer's sample from the parts' indexes."""
+    indexes = [parts.load_index(p) for p in cleaned.parts]
+    doc_hash, doc_bytes = np.concatenate(indexes, axis=1)
+    keep = dedup.first_occurrences(doc_hash) if deduplicate else np.ones(len(doc_hash), bool)
+    key = dedup.shuffle_key(doc_hash, seed)
+    val_limit = dedup.validation_limit(key[keep], val_fraction, seed)
+    usable = keep & ~dedup.validates(key, val_limit, seed)
+    share = sample_bytes / max(int(doc_bytes[usable].sum()), 1)
+    sample = usable & dedup.below(doc_hash, share, seed + 3)
+    cuts = np.cumsum([i.shape[1] for i in indexes])[:-1]
+    return Selection(np.split(keep, cuts), np.split(sample, cuts), val_limit, int((~keep).sum()),
+                     int(doc_bytes[sample].sum()))  # fmt: skip
+
+
+def sample_batches(cleaned: Cleaned, selection: Selection, meter: Meter) -> Iterator[list[str]]:
+    """The sampled turns, some megabytes at a time, in the order of the corpus."""
+    for path, chosen in zip(cleaned.parts, selection.sample, strict=True):
+        if chosen.any():
+            documents = parts.load_documents(path).select(chosen)
+            yield documents.turns()
+            meter.add(len(documents.text))
+
+
+def proof_texts(cleaned: Cleaned, n_bytes: int = 1 << 20) -> list[str]:
+    """Turns from the beginning of parts spread over the corpus, about `n_bytes` in all, to compare engines on."""
+    spread = cleaned.parts[:: max(len(cleaned.parts) // 16, 1)]
+    texts: list[str] = []
+    for path in spread:
+        left = n_bytes // len(spread)
+        for text in parts.load_documents(path).turns():
+            texts.append(text[:left])
+            left -= len(text)
+            if left <= 0:
+                break
+    return texts
+
+
+# ---- encode ---------------------------------------------------------------------------------------------------------
+
+
+def encode_parts(
+    cleaned: Cleaned, selection: Selection, work: Path, *, engine: str, dtype: np.dtype, seed: int, pool: Pool
+) -> list[Path]:
+    """Cleaned parts -> encoded parts, duplicates left out."""
+    tokenizer_path = work / "tokenizer.json"
+    done = []
+    with Meter("encode", cleaned.counts["kept_bytes"], "B") as meter:
+        jobs = (
+            (path, keep, tokenizer_path, engine, str(dtype), seed)
+            for path, keep in zip(cleaned.parts, selection.keep, strict=True)
+        )
+        for path, marker in zip(cleaned.parts, pool.run(encode_task, jobs), strict=True):
+            done.append(work / path.name.replace("clean-", "ids-").replace(".zst", ""))
+            meter.add(marker["bytes"])
+    return done
+
+
+def encode_task(path: Path, keep: np.ndarray, tokenizer: Path, engine: str, dtype: str, seed: int) -> dict:
+    """One cleaned part -> one encoded part and its marker."""
+    out = path.with_name(path.name.replace("clean-", "ids-").replace(".zst", ""))
+    marker_path = out.with_suffix(".json")
+    if marker := parts.load_marker(marker_path):
+        return marker
+    documents = parts.load_documents(path)
+    n_bytes = len(documents.text)
+    encoder = _encoder(str(tokenizer), engine)
+    encoded = encode.encode_documents(documents.select(keep), encoder, seed=seed, dtype=np.dtype(dtype))
+    return parts.save_marker(marker_path, {"bytes": n_bytes}, parts.save_encoded(out, encoded))
+
+
+@functools.lru_cache(maxsize=1)
+def _encoder(tokenizer_path: str, engine: str) -> encode.Encoder:
+    return encode.Encoder(Tokenizer(Path(tokenizer_path).read_text("utf-8")), engine)
+
+
+# ---- shards ---------------------------------------------------------------------------------------------------------
+
+
+def plan_output(encoded: list[Path], selection: Selection, *, shard_tokens: int, seed: int) -> list[merge.ShardPlan]:
+    """The shards of both splits, from the encoded documents' keys and lengths."""
+    arrays = [parts.load_encoded(p) for p in encoded]
+    key = np.concatenate([a.key for a in arrays])
+    tokens = np.concatenate([a.tokens for a in arrays])
+    is_val = dedup.validates(key, selection.val_limit, seed)
+    train = merge.plan_shards("train", key[~is_val], tokens[~is_val], shard_tokens)
+    return train + merge.plan_shards("val", key[is_val], tokens[is_val], shard_tokens)
+
+
+def write_shards(
+    plans: list[merge.ShardPlan], encoded: list[Path], output: str, work: Path, *,
+    val_limit: int, seed: int, level: int | None, pool: Pool,
+) -> list[Shard]:  # fmt: skip
+    """Write every planned shard to the output, at any URL; those already there and unchanged are kept."""
+    with Meter("write", sum(p.tokens for p in plans), " tokens") as meter:
+        jobs = ((plan, encoded, output, work, val_limit, seed, level) for plan in plans)
+        shards = []
+        for shard in pool.run(shard_task, jobs):
+            shards.append(shard)
+            meter.add(shard.tokens)
+    return shards
+
+
+def shard_task(
+    plan: merge.ShardPlan, encoded: list[Path], output: str, work: Path, val_limit: int, seed: int, level: int | None
+) -> Shard:
+    """Gather, write and publish one shard."""
+    name = plan.file_name(level is not None)
+    url, marker_path = fs.join(output, name), work / f"{name}.json"
+    marker = parts.load_marker(marker_path)
+    if marker and fs.size(url) == marker["shard"]["stored_bytes"]:
+        shard = Shard(**marker["shard"])
+        if not fs.is_local(url) or fs.sha256_file(fs.local_path(url)) == shard.sha256:
+            return shard
+    path = fs.local_path(url) if fs.is_local(url) else work / name
+    shard = merge.write_shard(plan, encoded, path, val_limit=val_limit, seed=seed, level=level)
+    fs.put_file(url, path)
+    if not fs.is_local(url):
+        os.unlink(path)
+    parts.save_marker(marker_path, {"shard": vars(shard)}, [])
+    return shard

@@ -1,0 +1,384 @@
+"""The one way bytes are read, listed and published, on any fsspec URL: file, gs, s3, memory, http(s).
+
+Writing is publish-only: the bytes are complete somewhere else before their final name appears. An exception that
+passes through `fsspec.open(url, "wb")` publishes the truncated object (measured on gcsfs 2025.3 and 2026.10), so no
+function here streams into a final name, and every upload is checked for size and, where the store tells it, for md5.
+"""
+
+import base64
+import contextlib
+import errno
+import hashlib
+import logging
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, TypeVar
+
+import fsspec
+import tenacity
+
+from store.errors import DataError, NotFound, StoreError
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+RETRY_FOR_S = float(os.environ.get("PERENNIAL_RETRY_FOR_S", "120"))  # gcsfs alone gives up after about 33 s
+COPY_BYTES = 4 << 20
+DRIVERS = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "s3a": "s3fs", "http": "aiohttp", "https": "aiohttp"}
+# Local faults that pass: a network mount that dropped or lagged. A full or read-only disk does not pass by waiting.
+TRANSIENT_ERRNOS = {
+    errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY, errno.EINTR,
+    errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED, errno.EPIPE, errno.ENETUNREACH, errno.EHOSTUNREACH,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One name in a folder; `size` in bytes, None for a folder."""
+
+    name: str
+    size: int | None
+
+
+# ---- names ----------------------------------------------------------------------------------------------------------
+
+
+def is_local(url: str) -> bool:
+    """True for a plain path or file:// URL."""
+    return "://" not in url or url.startswith("file://")
+
+
+def local_path(url: str) -> Path:
+    """The path of a local URL, `~` expanded."""
+    return Path(url.removeprefix("file://")).expanduser()
+
+
+def join(url: str, *names: str) -> str:
+    """`url/name/…` with single slashes between."""
+    return "/".join([url.rstrip("/"), *names])
+
+
+def redact(url: str) -> str:
+    """The URL without what may be a secret: user:password before the host, and the query (signed URLs)."""
+    return re.sub(r"^([\w+.-]+://)[^/@]*@", r"\1", url).split("?", 1)[0] if "://" in url else url
+
+
+# ---- errors and retries ---------------------------------------------------------------------------------------------
+
+
+def is_transient(error: BaseException) -> bool:
+    """True where trying again may help: network faults, throttling, server errors; never a refusal or a full disk."""
+    if isinstance(
+        error, FileNotFoundError | PermissionError | FileExistsError | IsADirectoryError | NotADirectoryError
+    ):
+        return False
+    status = getattr(error, "code", None) or getattr(error, "status", None)
+    if isinstance(status, int) and 400 <= status < 600:
+        return status in (408, 429) or status >= 500
+    if isinstance(error, TimeoutError | ConnectionError):
+        return True
+    if isinstance(error, OSError):
+        # fsspec drivers raise bare OSErrors: "Forbidden: …" is an answer, the rest are faults
+        return error.errno in TRANSIENT_ERRNOS if error.errno else not str(error).startswith("Forbidden")
+    return type(error).__module__.split(".")[0] in ("aiohttp", "requests", "urllib3")
+
+
+def _warn(state: tenacity.RetryCallState) -> None:
+    error = state.outcome.exception() if state.outcome else None
+    log.warning("storage: %s; trying again (attempt %d)", _one_line(error), state.attempt_number + 1)
+
+
+def _one_line(error: BaseException | None) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return re.sub(r"\?\S*", "", text)[:300]
+
+
+def _attempt(url: str, action: str, work: Callable[[], T]) -> T:
+    """Run `work`, again with backoff and jitter while the fault is transient; anything final is one StoreError."""
+    retrying = tenacity.Retrying(
+        retry=tenacity.retry_if_exception(is_transient),
+        wait=tenacity.wait_random_exponential(multiplier=0.5, max=20),
+        stop=tenacity.stop_after_delay(RETRY_FOR_S),
+        before_sleep=_warn,
+        reraise=True,
+    )
+    try:
+        return retrying(work)
+    except StoreError:
+        raise
+    except FileNotFoundError as e:
+        raise NotFound(f"{redact(url)}: not found") from e
+    except ImportError as e:
+        package = DRIVERS.get(url.split("://")[0], "its fsspec driver")
+        raise StoreError(
+            f"{redact(url)}: this kind of URL needs a package that is missing: pip install {package}"
+        ) from e
+    except NotImplementedError as e:
+        raise StoreError(f"{redact(url)}: this storage cannot {action}") from e
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StoreError(f"{redact(url)}: no space left; free some and run the same command again") from e
+        raise StoreError(f"{redact(url)}: cannot {action}: {e.strerror or _one_line(e)}") from e
+    except Exception as e:  # a driver's own exception types: still one line, the cause is chained for debugging
+        raise StoreError(f"{redact(url)}: cannot {action}: {_one_line(e)}") from e
+
+
+def _filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The filesystem object and its path. Made where it is used: gcsfs is not fork-safe, and listing caches lie."""
+    protocol = url.split("://")[0] if "://" in url else "file"
+    options = {} if protocol in ("file", "memory") else {"use_listings_cache": False}
+    try:
+        return fsspec.core.url_to_fs(url, **options)
+    except ValueError as e:
+        raise StoreError(
+            f"{redact(url)}: unknown kind of URL '{protocol}://'; use a path, gs://, s3:// or https://"
+        ) from e
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+
+def size(url: str) -> int | None:
+    """Bytes stored under the name; None when there is nothing or it is a folder."""
+
+    def work() -> int | None:
+        fs, path = _filesystem(url)
+        info = fs.info(path)
+        return None if info["type"] == "directory" else info["size"]
+
+    try:
+        return _attempt(url, "look up", work)
+    except NotFound:
+        return None
+
+
+def exists(url: str) -> bool:
+    """True when a file or a folder has that name."""
+
+    def work() -> bool:
+        fs, path = _filesystem(url)
+        fs.info(path)
+        return True
+
+    try:
+        return _attempt(url, "look up", work)
+    except NotFound:
+        return False
+
+
+def read_bytes(url: str, start: int | None = None, stop: int | None = None) -> bytes:
+    """The whole object or the bytes [start, stop). Raises NotFound, StoreError."""
+
+    def work() -> bytes:
+        fs, path = _filesystem(url)
+        return fs.cat_file(path, start=start, end=stop)
+
+    return _attempt(url, "read", work)
+
+
+def open_stream(url: str) -> BinaryIO:
+    """A binary file for reading from front to back in bounded memory."""
+
+    def work() -> BinaryIO:
+        fs, path = _filesystem(url)
+        return fs.open(path, "rb", block_size=COPY_BYTES) if not is_local(url) else open(path, "rb")
+
+    return _attempt(url, "open", work)
+
+
+def list_folder(url: str) -> list[Entry]:
+    """What is directly inside, sorted by name; empty when the folder is missing or empty."""
+
+    def work() -> list[Entry]:
+        fs, path = _filesystem(url)
+        fs.invalidate_cache()
+        infos = fs.ls(path, detail=True)
+        root = path.rstrip("/")
+        entries = {i["name"].rstrip("/").rsplit("/", 1)[-1]: i for i in infos if i["name"].rstrip("/") != root}
+        return [Entry(n, None if i["type"] == "directory" else i["size"]) for n, i in sorted(entries.items())]
+
+    try:
+        return _attempt(url, "list", work)
+    except NotFound:
+        return []
+
+
+def find_files(url: str) -> list[tuple[str, int]]:
+    """(URL, bytes) of every file a path, folder (recursive, hidden names skipped) or glob names, sorted by name."""
+
+    def work() -> list[tuple[str, int]]:
+        fs, path = _filesystem(url)
+        if any(c in url for c in "*?[") and not fs.exists(path):
+            found = fs.glob(path, detail=True)
+        elif fs.isdir(path):
+            found = fs.find(path, detail=True)
+            skip = len(path.rstrip("/")) + 1
+            found = {n: i for n, i in found.items() if not any(p.startswith(".") for p in n[skip:].split("/"))}
+        else:
+            found = {path: fs.info(path)}
+        prefix = "" if is_local(url) else url.split("://")[0] + "://"
+        names = {n if "://" in n else prefix + n: i for n, i in found.items() if i["type"] == "file"}
+        return sorted((n, int(i["size"] or 0)) for n, i in names.items())
+
+    return _attempt(url, "read", work)
+
+
+def sha256_file(path: Path) -> str:
+    """Hex sha256 of a local file."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def get_file(url: str, path: Path, *, sha256: str | None = None) -> None:
+    """Copy an object to a local file, which appears only when whole and, if `sha256` is given, proved equal.
+
+    Bytes can be damaged on the way, silently: a copy that differs is fetched again before the object is called damaged.
+    """
+
+    def work(last_try: bool) -> bool:
+        with staged(path) as temporary:
+            if is_local(url):
+                shutil.copyfile(local_path(url), temporary)
+            else:
+                fs, remote = _filesystem(url)
+                fs.get_file(remote, str(temporary))
+            if sha256 is None or sha256_file(temporary) == sha256:
+                return True
+            if last_try:
+                raise DataError(f"{redact(url)}: sha256 differs from the recorded one: damaged or changed")
+            raise _Mismatch
+
+    for tries_left in (2, 1, 0):
+        with contextlib.suppress(_Mismatch):
+            if _attempt(url, "fetch", lambda last=tries_left == 0: work(last)):
+                return
+
+
+class _Mismatch(StoreError):
+    """A fetched copy is not what was recorded: perhaps only the copy is wrong."""
+
+
+# ---- publishing -----------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def staged(path: Path) -> Iterator[Path]:
+    """A temporary name beside a local `path`, fsynced and moved over it on success, removed on failure."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as f:
+            os.fsync(f.fileno())  # else a power cut can leave the name with nothing behind it
+        os.replace(temporary, path)
+        _fsync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _fsync_folder(path: Path) -> None:
+    # the rename itself must survive a power cut; some mounts (Drive) refuse to open a folder, and have no such promise
+    with contextlib.suppress(OSError):
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def put_bytes(url: str, data: bytes) -> None:
+    """Publish `data` whole under the name, replacing what was there. Raises StoreError; then the old bytes stay."""
+
+    def work() -> None:
+        if is_local(url):
+            with staged(local_path(url)) as temporary:
+                temporary.write_bytes(data)
+            return
+        fs, path = _filesystem(url)
+        fs.pipe_file(path, data)
+        _check_upload(fs, path, url, len(data), hashlib.md5(data, usedforsecurity=False))
+
+    _attempt(url, "write", work)
+
+
+def put_file(url: str, source: Path) -> None:
+    """Publish a finished local file whole under the name. Raises StoreError; then the old bytes stay."""
+
+    def work() -> None:
+        if is_local(url):
+            if local_path(url).resolve() == source.resolve():
+                return
+            with staged(local_path(url)) as temporary:
+                shutil.copyfile(source, temporary)
+            return
+        fs, path = _filesystem(url)
+        fs.put_file(str(source), path)
+        with open(source, "rb") as f:
+            digest = hashlib.file_digest(f, lambda: hashlib.md5(usedforsecurity=False))
+        _check_upload(fs, path, url, source.stat().st_size, digest)
+
+    _attempt(url, "write", work)
+
+
+def _check_upload(fs: fsspec.AbstractFileSystem, path: str, url: str, n_bytes: int, md5: "hashlib._Hash") -> None:
+    """Ask the store what it holds. A transient error makes the caller's retry start again from byte 0."""
+    fs.invalidate_cache()
+    info = fs.info(path)
+    if info["size"] != n_bytes:
+        raise OSError(errno.EIO, f"upload stored {info['size']} bytes of {n_bytes}", redact(url))
+    told = info.get("md5Hash") or info.get("ETag", "").strip('"')
+    ours = (base64.b64encode(md5.digest()).decode(), md5.hexdigest())
+    # a multipart or encrypted S3 object has an ETag that is no md5: only compare what can be one
+    if told and re.fullmatch(r"[0-9a-f]{32}|[A-Za-z0-9+/]{22}==", told) and told not in ours:
+        raise OSError(errno.EIO, "upload stored other bytes than were sent", redact(url))
+
+
+# ---- removing and moving --------------------------------------------------------------------------------------------
+
+
+def delete(url: str) -> None:
+    """Remove one file; nothing happens when it is not there."""
+
+    def work() -> None:
+        fs, path = _filesystem(url)
+        if is_local(url):
+            local_path(url).unlink(missing_ok=True)
+        else:
+            fs.rm_file(path)
+
+    with contextlib.suppress(NotFound):
+        _attempt(url, "delete", work)
+
+
+def delete_folder(url: str, *, first: str | None = None) -> None:
+    """Remove a folder of files; `first` goes first, so that a half-removed folder is already not what it was."""
+    names = [e.name for e in list_folder(url)]
+    for name in sorted(names, key=lambda n: n != first):
+        delete(join(url, name))
+    if is_local(url):
+        with contextlib.suppress(OSError):
+            local_path(url).rmdir()
+
+
+def move_folder(source: str, target: str) -> None:
+    """Give a folder of files another name: a rename where there is one, else copy each file, then delete."""
+
+    def work() -> None:
+        if is_local(source):
+            local_path(target).parent.mkdir(parents=True, exist_ok=True)
+            os.rename(local_path(source), local_path(target))
+            return
+        fs, old = _filesystem(source)
+        _, new = _filesystem(target)
+        names = [e.name for e in list_folder(source)]
+        for name in names:
+            fs.cp_file(f"{old.rstrip('/')}/{name}", f"{new.rstrip('/')}/{name}")
+        for name in names:
+            fs.rm_file(f"{old.rstrip('/')}/{name}")
+
+    _attempt(source, "move", work)

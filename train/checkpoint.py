@@ -1,0 +1,189 @@
+"""Checkpoints, format version 1: committed by a manifest written last, verified when loaded, no pickle anywhere.
+
+    OUT/step-00012000/model.safetensors  optimizer.safetensors  rng.safetensors  state.json  MANIFEST.json
+
+A step without a valid manifest does not exist: `read_manifest` decides that for loading, listing and retention alike.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from store import fs
+from store.errors import DataError, NotFound, StoreError
+
+FORMAT, VERSION = "perennial-checkpoint", 1
+MANIFEST = "MANIFEST.json"
+TENSOR_PARTS = ("model.safetensors", "optimizer.safetensors", "rng.safetensors")
+PARTS = (*TENSOR_PARTS, "state.json")
+STEP_NAME = re.compile(r"step-(\d{8,})")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What makes a step exist: size and sha256 of every part, and which run and start of it wrote them."""
+
+    format: str
+    version: int
+    step: int
+    run_id: str
+    attempt: int
+    val_loss: float | None
+    parts: dict[str, dict[str, Any]]  # name -> {"bytes", "sha256"}
+
+    @property
+    def name(self) -> str:
+        """The step's folder."""
+        return step_name(self.step)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A loaded, verified checkpoint, tensors on the CPU."""
+
+    manifest: Manifest
+    tensors: dict[str, dict[str, Tensor]]  # by part name
+    state: dict[str, Any]
+
+
+def step_name(step: int) -> str:
+    """`step-00012000`."""
+    return f"step-{step:08d}"
+
+
+# ---- what exists ----------------------------------------------------------------------------------------------------
+
+
+def read_manifest(out: str, name: str) -> Manifest | None:
+    """The manifest of a step folder, or None where the step does not exist: no manifest, or not a whole one.
+
+    Raises DataError for a newer format version: going on from an older step would lose work silently.
+    """
+    try:
+        data = json.loads(fs.read_bytes(fs.join(out, name, MANIFEST)))
+        if data["format"] != FORMAT:
+            return None
+        if data["version"] > VERSION:
+            raise DataError(f"{fs.redact(fs.join(out, name))}: checkpoint format {data['version']} is newer than this "
+                            f"program's {VERSION}: update the program")  # fmt: skip
+        manifest = Manifest(**data)
+        whole = set(manifest.parts) == set(PARTS) and all(
+            isinstance(p["bytes"], int) and re.fullmatch("[0-9a-f]{64}", p["sha256"]) for p in manifest.parts.values()
+        )
+        return manifest if whole and manifest.name == name else None
+    except (NotFound, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def committed(out: str) -> list[Manifest]:
+    """The steps that exist, oldest first."""
+    names = [e.name for e in fs.list_folder(out) if STEP_NAME.fullmatch(e.name)]
+    found = [read_manifest(out, name) for name in names]
+    return sorted((m for m in found if m), key=lambda m: m.step)
+
+
+# ---- saving ---------------------------------------------------------------------------------------------------------
+
+
+def save(
+    out: str, *, step: int, run_id: str, attempt: int, val_loss: float | None,
+    tensors: dict[str, dict[str, Tensor]], state: dict[str, Any],
+) -> Manifest:  # fmt: skip
+    """Write and commit one step at any URL. Raises StoreError; then the step does not exist and older ones stay.
+
+    What an earlier, killed save left under the same name is overwritten part by part before the manifest appears.
+    """
+    url = fs.join(out, step_name(step))
+    with tempfile.TemporaryDirectory(prefix="perennial-save-") as temporary:
+        folder = fs.local_path(url) if fs.is_local(url) else Path(temporary)
+        parts: dict[str, dict[str, Any]] = {}
+        for name in PARTS:
+            path = folder / name
+            try:
+                with fs.staged(path) as staged:
+                    if name in TENSOR_PARTS:
+                        save_file({k: v.detach().contiguous() for k, v in tensors[name].items()}, staged)
+                    else:
+                        staged.write_text(json.dumps(state, indent=1), "utf-8")
+            except (SafetensorError, OSError) as e:
+                raise StoreError(f"{fs.redact(url)}: cannot write {name}: {e}") from e
+            parts[name] = {"bytes": path.stat().st_size, "sha256": fs.sha256_file(path)}
+            fs.put_file(fs.join(url, name), path)
+    manifest = Manifest(FORMAT, VERSION, step, run_id, attempt, val_loss, parts)
+    fs.put_bytes(fs.join(url, MANIFEST), json.dumps(asdict(manifest), indent=1).encode())
+    return manifest
+
+
+def retain(out: str, keep: int) -> None:
+    """Delete all committed steps but the newest `keep` and the best by validation loss; manifests go first."""
+    manifests = committed(out)
+    scored = [m for m in manifests if m.val_loss is not None]
+    best = min(scored, key=lambda m: (m.val_loss, -m.step)).step if scored else None
+    for m in manifests[:-keep]:
+        if m.step != best:
+            fs.delete_folder(fs.join(out, m.name), first=MANIFEST)
+
+
+# ---- loading --------------------------------------------------------------------------------------------------------
+
+
+def load_newest(out: str, warn: Callable[[str], None]) -> Checkpoint | None:
+    """The newest step whose every byte proves right; damaged ones are reported and set aside under OUT/quarantine.
+
+    None when no step was ever committed. Raises DataError when steps exist and none is sound: never a silent restart.
+    """
+    manifests = committed(out)
+    for manifest in reversed(manifests):
+        try:
+            return load(out, manifest)
+        except DataError as e:
+            aside = fs.join(out, "quarantine", f"{manifest.name}-{hashlib.sha256(str(e).encode()).hexdigest()[:8]}")
+            warn(f"checkpoint {manifest.name} is damaged ({e}); set aside as {fs.redact(aside)}")
+            fs.move_folder(fs.join(out, manifest.name), aside)
+    if manifests:
+        raise DataError(f"{fs.redact(out)}: every checkpoint is damaged ({len(manifests)} set aside under quarantine/): "
+                        "restore one, or start again with another --out")  # fmt: skip
+    return None
+
+
+def load(out: str, manifest: Manifest) -> Checkpoint:
+    """One step, every part proved against its sha256. Raises DataError naming the part that differs."""
+    url = fs.join(out, manifest.name)
+    folder = Path(tempfile.mkdtemp(prefix="perennial-load-"))
+    try:
+        paths = {name: _proved(fs.join(url, name), manifest.parts[name], folder / name) for name in PARTS}
+        tensors = {name: load_file(paths[name]) for name in TENSOR_PARTS}
+        state = json.loads(paths["state.json"].read_bytes())
+        return Checkpoint(manifest, tensors, state)
+    except (SafetensorError, ValueError) as e:
+        raise DataError(f"{fs.redact(url)}: unreadable ({e})") from e
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _proved(url: str, part: dict[str, Any], copy: Path) -> Path:
+    """A local path with exactly the bytes of the manifest: the file itself, or a fetched copy."""
+    path = fs.local_path(url)
+    if not fs.is_local(url):
+        try:
+            fs.get_file(url, copy, sha256=part["sha256"])
+        except NotFound as e:
+            raise DataError(f"{Path(url).name} is missing") from e
+        return copy
+    if not path.is_file():
+        raise DataError(f"{path.name} is missing")
+    if path.stat().st_size != part["bytes"]:
+        raise DataError(f"{path.name} has {path.stat().st_size} bytes, expected {part['bytes']}")
+    if fs.sha256_file(path) != part["sha256"]:
+        raise DataError(f"{path.name} has another sha256 than its manifest")
+    return path

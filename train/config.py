@@ -1,0 +1,180 @@
+"""Every setting of training: one default, in one place; flags are made from it.
+
+A checkpoint's settings win on --resume. The fields in FREE do not change what is learnt from which data in which order
+(or, like run length, are meant to be changed), and may be given anew.
+"""
+
+import dataclasses
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from cli.errors import UserError
+from cli.flags import flag
+from gpt.model import GPTConfig
+from gpt.presets import preset
+
+DRIVE = Path("/content/drive/MyDrive")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Flags of train/run.py. None means: chosen from the model, the data or the machine, and shown at start."""
+
+    data: str = flag(
+        "",
+        "folder or URL of a token dataset (default: $PERENNIAL_DATA, a mounted Drive's perennial/data, ./data)",
+        env="PERENNIAL_DATA",
+    )
+    out: str = flag(
+        "",
+        "folder or URL of the run (default: $PERENNIAL_OUT, a mounted Drive's perennial/out, ./out)",
+        env="PERENNIAL_OUT",
+    )
+    resume: bool = flag(False, "go on from the newest complete checkpoint in --out; start when there is none")
+
+    model: str = flag(
+        "auto",
+        "preset: tiny small medium large xlarge gpt2_small gpt2_medium; auto: gpt2_small on a GPU, small elsewhere",
+    )
+    n_layer: int | None = flag(None, "layers, instead of the preset's")
+    n_head: int | None = flag(None, "attention heads, instead of the preset's")
+    n_embd: int | None = flag(None, "width, instead of the preset's")
+    n_ff: int | None = flag(None, "width inside the MLP (default: 4 x width)")
+    block_size: int = flag(512, "context length in tokens")
+    dropout: float = flag(0.0, "dropout probability")
+    bias: bool = flag(True, "biases in linear layers and LayerNorms")
+    qkv_bias: bool = flag(True, "biases of the query, key and value projections")
+    tied: bool = flag(False, "output head shares the embedding's weights")
+
+    steps: int | None = flag(None, "run length in optimizer steps")
+    epochs: float | None = flag(None, "run length in passes over the data (default: 1)")
+    tokens: int | None = flag(None, "run length in tokens: 2.5G")
+    batch: int | None = flag(None, "sequences per optimizer step, over all micro-batches (default: by model)")
+    micro_batch: int | None = flag(None, "sequences per forward pass (default: what should fit the memory)")
+
+    lr: float | None = flag(None, "peak learning rate (default: by model)")
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = flag("cosine", "learning rate after the warm-up")
+    warmup: int | None = flag(None, "warm-up steps (default: 2 percent of the run, at most 2000)")
+    lr_floor: float = flag(0.1, "final learning rate as a share of the peak")
+    decay_fraction: float = flag(0.2, "share of the run in which wsd decays")
+    weight_decay: float = flag(0.1, "AdamW weight decay, on matrices only")
+    beta1: float = flag(0.9, "AdamW beta1")
+    beta2: float = flag(0.95, "AdamW beta2")
+    clip: float = flag(1.0, "largest gradient norm; 0: no clipping")
+    seed: int = flag(1, "seed of initial weights, data order and dropout")
+
+    device: str = flag("auto", "cuda, mps, cpu, or auto: the best there is")
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = flag(
+        "auto", "auto: bf16 where the GPU has it, fp16 on older GPUs, fp32 elsewhere"
+    )
+    compile: Literal["auto", "on", "off"] = flag("auto", "torch.compile; auto: on CUDA GPUs")
+    loading: Literal["auto", "preload", "memmap"] = flag(
+        "auto", "token shards in memory or memory-mapped; auto: by free memory"
+    )
+    cache: str = flag("", "folder for unpacked copies of compressed or remote shards (default: ~/.cache/perennial)")
+
+    log_every: int = flag(10, "steps between log lines")
+    eval_every: int = flag(250, "steps between validation losses; 0: only at the end")
+    eval_tokens: int = flag(131072, "tokens per validation, always the same ones")
+    sample_every: int = flag(1000, "steps between samples; 0: never")
+    prompts: tuple[str, ...] = flag(
+        ("What is the capital of France?", "Hello! How are you?"), "fixed prompts of the samples"
+    )
+    save_every: int = flag(0, "steps between checkpoints; 0: by time only")
+    save_every_minutes: float = flag(5.0, "minutes between checkpoints; 0: by steps only")
+    keep: int = flag(2, "newest checkpoints to keep; the best by validation loss is kept too")
+
+
+FREE = frozenset(
+    ["data", "out", "resume", "steps", "epochs", "tokens", "micro_batch", "device", "precision", "compile", "loading", "cache", "log_every", "eval_every", "eval_tokens", "sample_every", "prompts", "save_every", "save_every_minutes", "keep"]
+)
+RUN_LENGTH = ("steps", "epochs", "tokens")
+
+# model -> (sequences per step, peak learning rate). The two GPT-2 sizes follow GPT-3's table 2.1 (Brown et al. 2020) at
+# about a quarter to half of its batch tokens; the small ones were tried on real dialogue.
+RECIPES = {
+    "tiny": (32, 3e-3), "small": (32, 1.5e-3), "medium": (64, 1e-3), "large": (128, 1e-3), "xlarge": (256, 6e-4),
+    "gpt2_small": (512, 6e-4), "gpt2_medium": (512, 3e-4),
+}  # fmt: skip
+
+
+def check(config: TrainConfig) -> None:
+    """Refuse values that cannot be meant. Raises UserError."""
+    if sum(getattr(config, name) is not None for name in RUN_LENGTH) > 1:
+        raise UserError("give only one of --steps, --epochs and --tokens")
+    at_least = {"steps": 1, "epochs": 0, "tokens": 1, "batch": 1, "micro_batch": 1, "warmup": 0, "lr": 0, "clip": 0,
+                "weight_decay": 0, "log_every": 1, "eval_every": 0, "eval_tokens": 1, "sample_every": 0,
+                "save_every": 0, "save_every_minutes": 0, "keep": 1, "block_size": 1}  # fmt: skip
+    for name, least in at_least.items():
+        value = getattr(config, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} {value}: expected {least} or more")
+    for name in ("lr_floor", "decay_fraction", "beta1", "beta2"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: expected 0 to 1")
+
+
+def with_places(config: TrainConfig) -> TrainConfig:
+    """`data` and `out` filled in, so that the bare command works in a Colab cell and in a clone."""
+    base = DRIVE / "perennial" if os.environ.get("COLAB_RELEASE_TAG") and DRIVE.is_dir() else Path()
+    return dataclasses.replace(config, data=config.data or str(base / "data"), out=config.out or str(base / "out"))
+
+
+def with_recipe(config: TrainConfig, device_type: str) -> TrainConfig:
+    """Model, batch and learning rate chosen where they were left open."""
+    model = config.model if config.model != "auto" else "gpt2_small" if device_type == "cuda" else "small"
+    batch, lr = RECIPES.get(model, (32, 1e-3))
+    return dataclasses.replace(
+        config,
+        model=model,
+        batch=config.batch if config.batch is not None else batch,
+        lr=config.lr if config.lr is not None else lr,
+    )
+
+
+def model_config(config: TrainConfig, vocab_size: int) -> GPTConfig:
+    """The model's shape. Raises GPTError for an unknown preset or an impossible shape."""
+    shape = {k: getattr(config, k) for k in ("n_layer", "n_head", "n_embd", "n_ff") if getattr(config, k) is not None}
+    shared = {k: getattr(config, k) for k in ("block_size", "dropout", "bias", "qkv_bias", "tied")}
+    return preset(config.model, vocab_size=vocab_size, **shape, **shared)
+
+
+def total_steps(config: TrainConfig, windows_per_epoch: int) -> int:
+    """Run length in optimizer steps."""
+    if config.steps is not None:
+        return config.steps
+    if config.tokens is not None:
+        return max(1, config.tokens // (config.batch * config.block_size))
+    return max(1, round((1.0 if config.epochs is None else config.epochs) * windows_per_epoch / config.batch))
+
+
+def warmup_steps(config: TrainConfig, total: int) -> int:
+    """Warm-up length: as told, else 2 % of the run, at most 2,000 steps."""
+    return config.warmup if config.warmup is not None else min(2000, max(1, total // 50))
+
+
+def merge_resumed(stored: dict[str, Any], config: TrainConfig, given: frozenset[str]) -> TrainConfig:
+    """The checkpoint's settings with the freely changeable flags given now.
+
+    Raises UserError naming both values where a given flag contradicts the checkpoint.
+    """
+    known = {f.name for f in dataclasses.fields(TrainConfig)}
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items() if k in known}
+    for name in sorted(given - FREE):
+        if name == "model" and config.model == "auto":
+            continue
+        if getattr(config, name) != values.get(name):
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: the checkpoint was trained with "
+                            f"{values.get(name)}: leave the flag out to go on, or give another --out")  # fmt: skip
+    if given & set(RUN_LENGTH):
+        values |= dict.fromkeys(RUN_LENGTH)
+    values |= {name: getattr(config, name) for name in given & FREE}
+    values |= {"data": config.data, "out": config.out, "resume": config.resume}
+    return TrainConfig(**values)
+
+
+def stored_form(config: TrainConfig) -> dict[str, Any]:
+    """The settings as JSON-able values, for config.json and state.json; places on this machine are left out."""
+    return {k: v for k, v in asdict(config).items() if k not in ("data", "out", "resume", "cache")}

@@ -1,0 +1,116 @@
+"""The run folder: identity, metrics, events and samples, kept locally and mirrored when --out is a URL.
+
+OUT/config.json  metrics.jsonl  events.jsonl  tokenizer.json  samples/step-00001000.txt  step-…/ (train/checkpoint.py)
+"""
+
+import datetime
+import hashlib
+import json
+import secrets
+from pathlib import Path
+from typing import Any
+
+from cli.errors import UserError
+from store import fs
+from store.errors import DataError, NotFound
+from store.shards import default_cache
+from train import checkpoint
+
+FORMAT, VERSION = "perennial-run", 1
+KEPT = ("metrics.jsonl", "events.jsonl")
+
+
+class RunFolder:
+    """One training run at any URL. Logs are appended to local files; `publish` mirrors them beside each checkpoint."""
+
+    def __init__(self, url: str, cache: Path | None = None) -> None:
+        self.url, self.run_id, self.attempt = url, "", 0
+        remote = (cache or default_cache()) / "runs" / hashlib.sha256(url.encode()).hexdigest()[:16]
+        self.local = fs.local_path(url) if fs.is_local(url) else remote
+
+    def is_a_run(self, *, resume: bool) -> bool:
+        """True when a run is to be gone on with, False when the place is free. Writes nothing.
+
+        Raises UserError without `resume` when anything is there, and with it when something else is.
+        """
+        names = [e.name for e in fs.list_folder(self.url)]
+        if not names:
+            if fs.is_local(self.url) and self.local.exists() and not self.local.is_dir():
+                raise UserError(f"{self.url}: is a file; --out needs a folder")
+            return False
+        where = fs.redact(self.url)
+        if not resume:
+            raise UserError(f"{where}: is not empty ({names[0]} …): add --resume to go on with the run there, "
+                            "or give another --out")  # fmt: skip
+        if "config.json" in names:
+            try:
+                data = json.loads(fs.read_bytes(fs.join(self.url, "config.json")))
+                if data["format"] == FORMAT and data["version"] > VERSION:
+                    raise DataError(
+                        f"{where}: run format {data['version']} is newer than this program's {VERSION}: update it"
+                    )
+                if data["format"] == FORMAT:
+                    self.run_id = str(data["run_id"])
+                    return True
+            except (ValueError, KeyError, TypeError) as e:
+                if any(checkpoint.STEP_NAME.fullmatch(n) for n in names):
+                    self.run_id = secrets.token_hex(4)  # the file is damaged, the checkpoints can still be sound
+                    return True
+                raise UserError(f"{where}: config.json is unreadable ({e}): give another --out, or delete it") from e
+        raise UserError(f"{where}: holds something that is not a run ({names[0]} …): give another --out")
+
+    def open(self, config: dict[str, Any], tokenizer_json: str, *, step: int) -> None:
+        """Begin an attempt at `step`: write identity on the first, cut the logs back to the step on a later one."""
+        self.local.mkdir(parents=True, exist_ok=True)
+        if not fs.is_local(self.url):
+            for name in KEPT:
+                try:
+                    fs.put_bytes(str(self.local / name), fs.read_bytes(fs.join(self.url, name)))
+                except NotFound:
+                    (self.local / name).unlink(missing_ok=True)
+        self.run_id = self.run_id or secrets.token_hex(4)
+        self.attempt = 1 + sum(e.get("event") == "start" for e in read_lines(self.local / "events.jsonl"))
+        # what was logged after the checkpoint will happen, and be logged, again
+        kept = [m for m in read_lines(self.local / "metrics.jsonl") if m.get("step", 0) <= step]
+        fs.put_bytes(str(self.local / "metrics.jsonl"), b"".join(json.dumps(m).encode() + b"\n" for m in kept))
+        identity = {"format": FORMAT, "version": VERSION, "run_id": self.run_id, "config": config}
+        fs.put_bytes(fs.join(self.url, "config.json"), json.dumps(identity, indent=1).encode())
+        fs.put_bytes(fs.join(self.url, "tokenizer.json"), tokenizer_json.encode())
+        self.event("start", step=step)
+
+    def metrics(self, lines: list[dict[str, Any]]) -> None:
+        """Append lines to metrics.jsonl; they reach the kernel at once, so a killed process loses none."""
+        self._append("metrics.jsonl", lines)
+
+    def event(self, event: str, **fields: Any) -> None:
+        """Append one line to events.jsonl: what happened, when, in which attempt."""
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+        self._append("events.jsonl", [{"time": now, "attempt": self.attempt, "event": event, **fields}])
+
+    def _append(self, name: str, lines: list[dict[str, Any]]) -> None:
+        with open(self.local / name, "a", encoding="utf-8") as f:
+            f.write("".join(json.dumps(line) + "\n" for line in lines))
+
+    def sample(self, step: int, text: str) -> None:
+        """Keep a step's samples."""
+        fs.put_bytes(fs.join(self.url, "samples", f"{checkpoint.step_name(step)}.txt"), text.encode())
+
+    def publish(self) -> None:
+        """Mirror the logs to a remote --out."""
+        if not fs.is_local(self.url):
+            for name in KEPT:
+                if (self.local / name).exists():
+                    fs.put_file(fs.join(self.url, name), self.local / name)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file; a last line cut off by a kill is left out. Empty when there is no file."""
+    lines = []
+    for line in path.read_text("utf-8", errors="replace").splitlines() if path.exists() else []:
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            lines.append(value)
+    return lines

@@ -1,0 +1,27 @@
+"""Being told to stop: SIGTERM, Ctrl-C and a closed terminal ask the loop to save and leave."""
+
+import os
+import signal
+import sys
+from types import FrameType
+
+STOPPED = 75  # exit code: stopped before the end, run the same command again (EX_TEMPFAIL)
+
+
+class StopSignal:
+    """Call it anywhere to ask whether to stop. A second signal leaves at once: what is committed stays committed."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.name is not None:
+            os._exit(128 + number)
+        self.name = signal.Signals(number).name
+        # os.write: print can deadlock when the signal came in the middle of one
+        os.write(sys.stderr.fileno(), f"\n{self.name}: saving, then stopping; once more to leave at once\n".encode())
+
+    def __call__(self) -> bool:
+        return self.name is not None

@@ -1,0 +1,66 @@
+"""One optimizer step, and one validation: tensors in, tensors out."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from train.precision import Machine
+
+
+def to_device(ids: np.ndarray, machine: Machine) -> Tensor:
+    """(n, block + 1) uint16 or uint32 ids -> int64 on the device. Narrow ids travel, the device widens them."""
+    # torch has few kernels for unsigned types: the same bits travel as signed and lose their sign once widened
+    signed, mask = (np.int16, 0xFFFF) if ids.dtype.itemsize == 2 else (np.int32, 0xFFFFFFFF)
+    host = torch.from_numpy(ids.view(signed))
+    if machine.device.type == "cuda":
+        host = host.pin_memory()
+    return host.to(machine.device, non_blocking=True).long() & mask
+
+
+def train_step(
+    model: nn.Module, forward: Callable[[Tensor, Tensor], Tensor], optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler, ids: Tensor, *, micro_batch: int, lr: float, clip: float, machine: Machine,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Forward and backward over micro-batches of `ids` (batch, block + 1), clip, step.
+
+    `forward` is the model or its compiled form. Returns the mean loss and the gradient norm before clipping, () fp32 on
+    the device: reading them is left to the caller, because it makes the host wait.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    loss = torch.zeros((), device=machine.device)
+    for part in ids.split(micro_batch):
+        with machine.autocast():
+            # the last micro-batch may be smaller: each counts by its sequences, so any micro-batch gives the same mean
+            part_loss = forward(part[:, :-1], part[:, 1:]) * (len(part) / len(ids))
+        scaler.scale(part_loss).backward()
+        loss += part_loss.detach()
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip if clip > 0 else float("inf"))
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return loss, norm
+
+
+@torch.no_grad()
+def validation_loss(
+    model: nn.Module, windows: np.ndarray, *, micro_batch: int, machine: Machine, stop: Callable[[], bool]
+) -> float | None:
+    """Mean loss over (n, block + 1) ids; None when there are none or `stop` says to leave."""
+    if not len(windows):
+        return None
+    model.eval()
+    total = torch.zeros((), device=machine.device)
+    try:
+        for part in np.array_split(windows, -(-len(windows) // micro_batch)):
+            if stop():
+                return None
+            ids = to_device(part, machine)
+            with machine.autocast():
+                total += model(ids[:, :-1], ids[:, 1:]) * len(part)
+    finally:
+        model.train()
+    return float(total / len(windows))
