@@ -11,6 +11,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 from typing import Any, NoReturn, TypeVar
 
 from cli.errors import USER_ERRORS
@@ -29,10 +30,14 @@ def flag(default: Any, help: str, *, parse: Callable[[str], Any] | None = None, 
 
 def number(text: str) -> int:
     """An int with an optional unit: 300, 1e9, 50MB, 2.5G, 1_000. Raises ValueError."""
-    m = re.fullmatch(r"([0-9][0-9_]*(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([KMGT]?I?)B?", text.strip(), re.IGNORECASE)
-    if not m:
-        raise ValueError(f"'{text}' is not a number such as 300, 2.5G or 50MB")
-    return round(float(m[1].replace("_", "")) * UNITS[m[2].upper()])
+    m = re.fullmatch(r"([0-9][0-9_]*(?:\.[0-9]+)?(?:e[0-9]{1,2})?)\s*([KMGT]?)(I?)B?", text.strip(), re.IGNORECASE)
+    unit = m and (m[2] + m[3]).upper()
+    if not m or unit not in UNITS:
+        raise ValueError(f"{text!r} is not a number such as 300, 2.5G or 50MB")
+    value = Decimal(m[1].replace("_", "")) * UNITS[unit]  # float would change a large seed
+    if value != int(value):
+        raise ValueError(f"{text!r} is not a whole number")
+    return int(value)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -45,8 +50,12 @@ class _Parser(argparse.ArgumentParser):
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
             hint = f"did you mean {near[0]}?" if near else "see --help"
             message = f"unknown flag {name}; {hint}" if name.startswith("-") else f"unexpected argument {name}; {hint}"
-        print(f"error: {message}", file=sys.stderr)
+        print(_error_line(message), file=sys.stderr)
         raise SystemExit(2)
+
+
+def _error_line(message: object) -> str:
+    return "error: " + " ".join(str(message).splitlines())  # one line, even where a file name holds a line break
 
 
 def _plain_type(hint: Any) -> Any:
@@ -98,7 +107,7 @@ def _named(convert: Callable[[str], Any], hint: type) -> Callable[[str], Any]:
         try:
             return convert(text)
         except (ValueError, TypeError) as e:
-            plain = f"'{text}' is not {'a whole number' if hint is int else 'a number' if hint is float else 'valid'}"
+            plain = f"{text!r} is not {'a whole number' if hint is int else 'a number' if hint is float else 'valid'}"
             raise argparse.ArgumentTypeError(str(e) if convert not in (int, float) else plain) from e
 
     return read
@@ -111,7 +120,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         code = main() or 0
         sys.stdout.flush()
     except USER_ERRORS as e:
-        print(f"error: {e}", file=sys.stderr)
+        print(_error_line(e), file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

@@ -9,11 +9,13 @@ import base64
 import contextlib
 import errno
 import hashlib
+import io
 import logging
 import os
 import re
 import secrets
 import shutil
+import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +36,7 @@ DRIVERS = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "s3a": "s3fs", "http": "
 TRANSIENT_ERRNOS = {
     errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY, errno.EINTR,
     errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED, errno.EPIPE, errno.ENETUNREACH, errno.EHOSTUNREACH,
+    socket.EAI_AGAIN,  # the name service does not answer: how a network outage looks; EAI_NONAME is a wrong name
 }  # fmt: skip
 
 
@@ -65,7 +68,7 @@ def join(url: str, *names: str) -> str:
 
 def redact(url: str) -> str:
     """The URL without what may be a secret: user:password before the host, and the query (signed URLs)."""
-    return re.sub(r"^([\w+.-]+://)[^/@]*@", r"\1", url).split("?", 1)[0] if "://" in url else url
+    return re.sub(r"^([\w+.-]+://)[^/?#]*@", r"\1", url).split("?", 1)[0] if "://" in url else url
 
 
 # ---- errors and retries ---------------------------------------------------------------------------------------------
@@ -77,6 +80,8 @@ def is_transient(error: BaseException) -> bool:
         error, FileNotFoundError | PermissionError | FileExistsError | IsADirectoryError | NotADirectoryError
     ):
         return False
+    if isinstance(error, ValueError):  # aiohttp and requests call a malformed URL one
+        return False
     status = getattr(error, "code", None) or getattr(error, "status", None)
     if isinstance(status, int) and 400 <= status < 600:
         return status in (408, 429) or status >= 500
@@ -85,6 +90,8 @@ def is_transient(error: BaseException) -> bool:
     if isinstance(error, OSError):
         # fsspec drivers raise bare OSErrors: "Forbidden: …" is an answer, the rest are faults
         return error.errno in TRANSIENT_ERRNOS if error.errno else not str(error).startswith("Forbidden")
+    if type(error).__module__ == "google.auth.exceptions":  # the token could not be renewed for want of a network
+        return type(error).__name__ == "TransportError" or bool(getattr(error, "retryable", False))
     return type(error).__module__.split(".")[0] in ("aiohttp", "requests", "urllib3")
 
 
@@ -95,7 +102,7 @@ def _warn(state: tenacity.RetryCallState) -> None:
 
 def _one_line(error: BaseException | None) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
-    return re.sub(r"\?\S*", "", text)[:300]
+    return re.sub(r"://[^/?#\s]*@", "://", re.sub(r"\?\S*", "", text))[:300]
 
 
 def _attempt(url: str, action: str, work: Callable[[], T]) -> T:
@@ -111,7 +118,9 @@ def _attempt(url: str, action: str, work: Callable[[], T]) -> T:
         return retrying(work)
     except StoreError:
         raise
-    except FileNotFoundError as e:
+    except (FileNotFoundError, NotADirectoryError) as e:
+        if isinstance(e, NotADirectoryError) and action == "write":
+            raise StoreError(f"{redact(url)}: cannot write: a part of that path is a file") from e
         raise NotFound(f"{redact(url)}: not found") from e
     except ImportError as e:
         package = DRIVERS.get(url.split("://")[0], "its fsspec driver")
@@ -135,6 +144,8 @@ def _filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     try:
         return fsspec.core.url_to_fs(url, **options)
     except ValueError as e:
+        if "rotocol" not in str(e):
+            raise
         raise StoreError(
             f"{redact(url)}: unknown kind of URL '{protocol}://'; use a path, gs://, s3:// or https://"
         ) from e
@@ -182,13 +193,63 @@ def read_bytes(url: str, start: int | None = None, stop: int | None = None) -> b
 
 
 def open_stream(url: str) -> BinaryIO:
-    """A binary file for reading from front to back in bounded memory."""
+    """A binary file for reading from front to back in bounded memory; a remote one survives dropped connections."""
+    if is_local(url):
+        return _attempt(url, "open", lambda: open(local_path(url), "rb"))
+    stream = _RemoteStream(url)
+    _attempt(url, "open", stream.connect)
+    return io.BufferedReader(stream, COPY_BYTES)
 
-    def work() -> BinaryIO:
-        fs, path = _filesystem(url)
-        return fs.open(path, "rb", block_size=COPY_BYTES) if not is_local(url) else open(path, "rb")
 
-    return _attempt(url, "open", work)
+class _RemoteStream(io.RawIOBase):
+    """A remote object; a read that faults is tried again from the same byte on a new connection."""
+
+    def __init__(self, url: str) -> None:
+        self.url, self.at, self.file = url, 0, None
+
+    def connect(self) -> None:
+        fs, path = _filesystem(self.url)
+        self.file = fs.open(path, "rb", block_size=COPY_BYTES)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        if whence == io.SEEK_END:
+            raise io.UnsupportedOperation("seek from the end")
+        self.at = offset + (self.at if whence == io.SEEK_CUR else 0)
+        return self.at
+
+    def tell(self) -> int:
+        return self.at
+
+    def readinto(self, buffer: memoryview) -> int:
+        def work() -> bytes:
+            try:
+                if self.file is None:
+                    self.connect()
+                if self.file.tell() != self.at:
+                    self.file.seek(self.at)
+                return self.file.read(len(buffer))
+            except BaseException:
+                self.file = None
+                raise
+
+        data = _attempt(self.url, "read", work)
+        buffer[: len(data)] = data
+        self.at += len(data)
+        return len(data)
+
+    def readall(self) -> bytes:
+        return b"".join(iter(lambda: self.read(COPY_BYTES), b""))  # Python's own asks for 8 KiB at a time
+
+    def close(self) -> None:
+        if not self.closed and self.file is not None:
+            self.file.close()
+        super().close()
 
 
 def list_folder(url: str) -> list[Entry]:

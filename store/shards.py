@@ -87,19 +87,24 @@ class ShardWriter:
 
     def __init__(self, path: Path, n_tokens: int, dtype: np.dtype, *, level: int | None) -> None:
         self.path, self.dtype, self.n_tokens, self.written = path, dtype, n_tokens, 0
+        header = make_header(n_tokens, dtype)
         self.temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         self.file = open(self.temporary, "wb")  # noqa: SIM115 - closed in __exit__
         self.compressor = None if level is None else zstandard.ZstdCompressor(level=level, write_checksum=True)
         self.sha256, self.xxh3 = hashlib.sha256(), xxhash.xxh3_64()
         self.frames: list[tuple[int, int]] = []  # (stored, raw) bytes
         self.pending, self.pending_bytes = [], 0
-        self._frame(make_header(n_tokens, dtype))
+        self._frame(header)
 
     def write(self, ids: np.ndarray) -> None:
-        """Append ids, any integer dtype whose values fit."""
+        """Append ids, any integer dtype. Raises DataError for values that do not fit and for more than announced."""
+        if len(ids) and ids.dtype != self.dtype and (ids.min() < 0 or ids.max() > np.iinfo(self.dtype).max):
+            raise DataError(f"{self.path}: token ids {ids.min()} to {ids.max()} do not fit {self.dtype}")
         ids = np.ascontiguousarray(ids, self.dtype)
         self.written += len(ids)
-        raw = memoryview(ids).cast("B")
+        if self.written > self.n_tokens:  # at once: what is being unpacked may be endless
+            raise DataError(f"{self.path}: more than the {self.n_tokens} tokens announced")
+        raw = memoryview(ids.view(np.uint8))
         self.xxh3.update(raw)
         while len(raw):
             part = raw[: FRAME_BYTES - self.pending_bytes]
@@ -139,8 +144,8 @@ class ShardWriter:
                 self.file.close()
                 os.replace(self.temporary, self.path)
         finally:
+            self.temporary.unlink(missing_ok=True)  # before close, which fails too when the disk is full
             self.file.close()
-            self.temporary.unlink(missing_ok=True)
 
     def entry(self, split: Split, documents: int) -> Shard:
         """The metadata entry of the finished file."""
@@ -213,7 +218,7 @@ class TokenShards:
         if not preload:
             return self._map(self._cached(shard), shard, preload=False)
         out = np.empty(shard.tokens, self.dtype)
-        view, filled = memoryview(out).cast("B"), 0
+        view, filled = memoryview(out.view(np.uint8)), 0
         for piece in self._raw_pieces(shard):
             if filled + len(piece) > len(view):
                 raise _wrong_length(url, shard)
@@ -236,15 +241,22 @@ class TokenShards:
         return np.memmap(path, dtype, mode="r", offset=HEADER_BYTES, shape=(tokens,))
 
     def _cached(self, shard: Shard) -> Path:
-        """The raw local copy. Its name holds the sha256 and it appears only once verified, so that it can be trusted."""
+        """The raw local copy, which appears only once verified; one that is damaged since then is made again."""
         cache = self.cache or default_cache() / "shards"
         path = cache / f"{shard.sha256[:20]}-{shard.name.removesuffix('.zst')}"
-        if not path.exists():
+        if not self._is_sound_copy(path, shard):
             cache.mkdir(parents=True, exist_ok=True)
             with ShardWriter(path, shard.tokens, self.dtype, level=None) as w:
                 for piece in self._raw_pieces(shard):
                     w.write(np.frombuffer(piece, self.dtype))
         return path
+
+    def _is_sound_copy(self, path: Path, shard: Shard) -> bool:
+        try:
+            tokens = self._map(path, shard, preload=False)
+        except (DataError, FileNotFoundError):
+            return False
+        return xxhash.xxh3_64(tokens.view(np.uint8)).hexdigest() == shard.xxh3
 
     def _raw_pieces(self, shard: Shard) -> Iterable[memoryview | bytes]:
         """The raw token bytes after the header, piece by piece; stored bytes are proved at the end: use nothing before."""
@@ -288,9 +300,15 @@ class TokenShards:
         if first == last:
             return np.empty(0, self.dtype)
         if not shard.name.endswith(".zst"):
-            return np.frombuffer(fs.read_bytes(url, first, last), self.dtype)
+            part = fs.read_bytes(url, first, last)
+            if len(part) != last - first:
+                raise _wrong_length(url, shard)
+            return np.frombuffer(part, self.dtype)
         stored, raw = _read_seek_table(url, shard.stored_bytes)
         stored_at, raw_at = np.append(0, np.cumsum(stored)), np.append(0, np.cumsum(raw))
+        table_bytes = 17 + 8 * len(stored)
+        if stored_at[-1] + table_bytes != shard.stored_bytes or raw_at[-1] != HEADER_BYTES + shard.tokens * width:
+            raise _damaged(url)
         a, b = np.searchsorted(raw_at, first, "right") - 1, np.searchsorted(raw_at, last, "left")
         blob = fs.read_bytes(url, int(stored_at[a]), int(stored_at[b]))
         frames = (blob[stored_at[i] - stored_at[a] : stored_at[i + 1] - stored_at[a]] for i in range(a, b))
@@ -298,6 +316,8 @@ class TokenShards:
             part = b"".join(zstandard.ZstdDecompressor().decompress(f, max_output_size=FRAME_BYTES) for f in frames)
         except zstandard.ZstdError as e:
             raise DataError(f"{fs.redact(url)}: damaged (zstd: {e}): copy it again, or re-run prep") from e
+        if len(part) != raw_at[b] - raw_at[a]:
+            raise _damaged(url)
         return np.frombuffer(part[first - raw_at[a] : last - raw_at[a]], self.dtype)
 
     def verify(self, on_bytes: Callable[[int], object] = lambda n: None) -> None:
@@ -380,14 +400,20 @@ def _load_metadata(url: str) -> tuple[dict[str, Any], str]:
                 f"{where}: format version {data['version']} is newer than this program's {VERSION}: update it"
             )
         shards = [Shard(**s) for s in data["shards"]]
-        if not isinstance(data["vocab_size"], int) or not isinstance(data["tokenizer_sha256"], str):
-            raise ValueError("vocab_size or tokenizer_sha256 has the wrong type")
+        if type(data["vocab_size"]) is not int or data["vocab_size"] < 1:
+            raise ValueError("vocab_size is not a positive number")
+        if not isinstance(data["tokenizer_sha256"], str):
+            raise ValueError("tokenizer_sha256 has the wrong type")
         for s in shards:
             kinds = [type(v) for v in asdict(s).values()]
             if kinds != [str, str, int, int, int, str, str] or min(s.tokens, s.documents, s.stored_bytes) < 0:
                 raise ValueError(f"bad shard entry {s.name!r}")
-            if not re.fullmatch(r"(train|val)-\d{5,}\.bin(\.zst)?", s.name) or s.split not in ("train", "val"):
+            if s.split not in ("train", "val") or not re.fullmatch(rf"{s.split}-[0-9]{{5,}}\.bin(\.zst)?", s.name):
                 raise ValueError(f"bad shard name {s.name!r}")
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+            if not re.fullmatch("[0-9a-f]{64}", s.sha256) or not re.fullmatch("[0-9a-f]{16}", s.xxh3):
+                raise ValueError(f"bad hash of shard {s.name!r}")  # one names the cached copy
+        if len({s.name for s in shards}) != len(shards):
+            raise ValueError("a shard is named twice")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise DataError(f"{where}: not valid metadata ({e}): copy the dataset again, or re-run prep") from e
     return data, hashlib.sha256(raw).hexdigest()

@@ -71,7 +71,7 @@ def read_manifest(out: str, name: str) -> Manifest | None:
     """
     try:
         data = json.loads(fs.read_bytes(fs.join(out, name, MANIFEST)))
-        if data["format"] != FORMAT:
+        if data["format"] != FORMAT or data.pop("sha256") != _manifest_hash(data):
             return None
         if data["version"] > VERSION:
             raise DataError(f"{fs.redact(fs.join(out, name))}: checkpoint format {data['version']} is newer than this "
@@ -120,8 +120,14 @@ def save(
             parts[name] = {"bytes": path.stat().st_size, "sha256": fs.sha256_file(path)}
             fs.put_file(fs.join(url, name), path)
     manifest = Manifest(FORMAT, VERSION, step, run_id, attempt, val_loss, parts)
-    fs.put_bytes(fs.join(url, MANIFEST), json.dumps(asdict(manifest), indent=1).encode())
+    signed = {**asdict(manifest), "sha256": _manifest_hash(asdict(manifest))}
+    fs.put_bytes(fs.join(url, MANIFEST), json.dumps(signed, indent=1).encode())
     return manifest
+
+
+def _manifest_hash(fields: dict[str, Any]) -> str:
+    """sha256 of the manifest's other fields: a flipped bit in the manifest itself must be noticed too."""
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def retain(out: str, keep: int) -> None:

@@ -88,7 +88,28 @@ class TrainConfig:
 
 
 FREE = frozenset(
-    ["data", "out", "resume", "steps", "epochs", "tokens", "micro_batch", "device", "precision", "compile", "loading", "cache", "log_every", "eval_every", "eval_tokens", "sample_every", "prompts", "save_every", "save_every_minutes", "keep"]
+    [
+        "data",
+        "out",
+        "resume",
+        "steps",
+        "epochs",
+        "tokens",
+        "micro_batch",
+        "device",
+        "precision",
+        "compile",
+        "loading",
+        "cache",
+        "log_every",
+        "eval_every",
+        "eval_tokens",
+        "sample_every",
+        "prompts",
+        "save_every",
+        "save_every_minutes",
+        "keep",
+    ]
 )
 RUN_LENGTH = ("steps", "epochs", "tokens")
 

@@ -1,0 +1,64 @@
+"""What several test files need: running the project's programs in this process or as real ones, and comparing results."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cli.errors import USER_ERRORS
+from prep import tokenize_bpe
+from train import checkpoint, run
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def prepare(*arguments: object) -> int:
+    """prep/tokenize_bpe.py in this process, one worker."""
+    return tokenize_bpe.main([*map(str, arguments), "--workers", "1"])
+
+
+def train(*arguments: object) -> int:
+    """train/run.py in this process; signal handlers are put back."""
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    try:
+        return run.main([*map(str, arguments)])
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def command(script: str, *arguments: object) -> list[str]:
+    """The command line of one of the project's programs."""
+    return [sys.executable, str(ROOT / script), *map(str, arguments)]
+
+
+def start(script: str, *arguments: object, **options: object) -> subprocess.Popen:
+    """Start a program for real, in a folder of its own choosing: programs must work from anywhere."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command(script, *arguments), env=environment, text=True, **options)
+
+
+def error_of(main: object, *arguments: object) -> str:
+    """The one line a program would print for a user's error. Fails when there is none."""
+    with pytest.raises(USER_ERRORS) as caught:
+        main(*arguments)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, by relative name."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def result(out: Path) -> dict[str, object]:
+    """What two runs must share: hashes of the newest checkpoint's tensors, and every logged loss."""
+    newest = checkpoint.committed(str(out))[-1]
+    hashes = {name: newest.parts[name]["sha256"] for name in checkpoint.TENSOR_PARTS}
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return {"step": newest.step, **hashes, "metrics": lines}

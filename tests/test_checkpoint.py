@@ -1,0 +1,203 @@
+"""A step without a valid manifest does not exist; what is damaged is never loaded; older steps are the fallback."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from store import fs
+from store.errors import DataError, StoreError
+from tests.helpers import files
+from train import checkpoint
+
+
+def tensors(step: int) -> dict:
+    g = torch.Generator().manual_seed(step)
+    return {
+        "model.safetensors": {"w": torch.randn(40, 30, generator=g), "b": torch.randn(30, generator=g)},
+        "optimizer.safetensors": {"w/exp_avg": torch.randn(40, 30, generator=g), "w/step": torch.tensor(float(step))},
+        "rng.safetensors": {"cpu": torch.get_rng_state()},
+    }
+
+
+def save(out: str | Path, step: int, val_loss: float | None = None) -> None:
+    checkpoint.save(
+        str(out), step=step, run_id="r", attempt=1, val_loss=val_loss, tensors=tensors(step), state={"step": step}
+    )
+
+
+def load(out: str | Path) -> tuple[checkpoint.Checkpoint | None, list[str]]:
+    warnings: list[str] = []
+    return checkpoint.load_newest(str(out), warnings.append), warnings
+
+
+@pytest.mark.parametrize("url", ["local", "memory://run"])
+def test_round_trip_is_exact(tmp_path, url):
+    out = str(tmp_path) if url == "local" else f"{url}-{tmp_path.name}"
+    save(out, 3)
+    save(out, 12)
+    found, warnings = load(out)
+    assert (found.manifest.step, found.state, warnings) == (12, {"step": 12}, [])
+    for part, named in tensors(12).items():
+        assert all(torch.equal(found.tensors[part][k], v) for k, v in named.items())
+
+
+def test_nothing_saved_is_nothing_found(tmp_path):
+    assert load(tmp_path) == (None, [])
+
+
+def rewrite(path: Path, **changes: object) -> None:
+    """Change fields of a manifest and sign it again: what a newer program, or an attacker, would write."""
+    fields = {**json.loads(path.read_text()), **changes}
+    del fields["sha256"]
+    path.write_text(json.dumps({**fields, "sha256": checkpoint._manifest_hash(fields)}))
+
+
+def flip_bit(path: Path, other: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 4
+    path.write_bytes(raw)
+
+
+DAMAGES = {
+    "truncated": lambda path, other: path.write_bytes(path.read_bytes()[:-1]),
+    "empty": lambda path, other: path.write_bytes(b""),
+    "zeroed": lambda path, other: path.write_bytes(bytes(path.stat().st_size)),
+    "one bit": flip_bit,
+    "other bytes of the same size": lambda path, other: path.write_bytes(b"x" * path.stat().st_size),
+    "an older step's": lambda path, other: shutil.copy(other, path),
+    "missing": lambda path, other: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("part", checkpoint.PARTS)
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_detected_set_aside_and_the_older_step_used(tmp_path, part, damage):
+    save(tmp_path, 10)
+    save(tmp_path, 20)
+    if (part, damage) == ("rng.safetensors", "an older step's"):
+        torch.manual_seed(99)
+        save(tmp_path, 10)  # else both steps would rightly hold the same state
+    DAMAGES[damage](tmp_path / "step-00000020" / part, tmp_path / "step-00000010" / part)
+    found, warnings = load(tmp_path)
+    assert found.manifest.step == 10
+    assert len(warnings) == 1
+    assert part in warnings[0]
+    assert [p.name[:13] for p in (tmp_path / "quarantine").iterdir()] == ["step-00000020"]
+    assert load(tmp_path)[1] == []  # said once, settled
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_step_without_a_whole_manifest_does_not_exist(tmp_path, damage):
+    save(tmp_path, 10)
+    save(tmp_path, 20)
+    DAMAGES[damage](tmp_path / "step-00000020" / "MANIFEST.json", tmp_path / "step-00000010" / "MANIFEST.json")
+    assert [m.step for m in checkpoint.committed(str(tmp_path))] == [10]
+    assert load(tmp_path)[0].manifest.step == 10
+
+
+def test_no_flipped_bit_of_a_manifest_goes_unnoticed(tmp_path):
+    save(tmp_path, 10)
+    path = tmp_path / "step-00000010" / "MANIFEST.json"
+    good = path.read_bytes()
+    fields = json.loads(good)
+    for position in range(0, len(good), 3):
+        raw = bytearray(good)
+        raw[position] ^= 1 << position % 8
+        path.write_bytes(raw)
+        try:
+            same = json.loads(raw) == fields  # white space may change, nothing else
+        except ValueError:
+            same = False
+        if not same:
+            assert checkpoint.committed(str(tmp_path)) == [], position
+
+
+def test_all_damaged_is_refused_and_never_a_fresh_start(tmp_path):
+    for step in (10, 20):
+        save(tmp_path, step)
+        flip_bit(tmp_path / checkpoint.step_name(step) / "model.safetensors", tmp_path)
+    with pytest.raises(DataError, match=r"every checkpoint is damaged \(2 set aside"):
+        load(tmp_path)
+
+
+def test_a_newer_format_is_refused_with_the_cure(tmp_path):
+    save(tmp_path, 10)
+    path = tmp_path / "step-00000010" / "MANIFEST.json"
+    rewrite(path, version=2)
+    with pytest.raises(DataError, match="format 2 is newer than this program's 1: update"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("call", range(2 * len(checkpoint.PARTS) + 1))
+def test_a_crash_at_any_write_of_a_save_loses_only_that_step(tmp_path, monkeypatch, call):
+    """SIGKILL between any two writes: BaseException stands for it, nothing catches that."""
+    save(tmp_path, 10)
+    before = files(tmp_path)
+    calls = 0
+
+    def crashing(real):
+        def wrapped(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls > call:
+                raise SystemExit
+            return real(*args, **kwargs)
+
+        return wrapped
+
+    with monkeypatch.context() as m:
+        for name in ("put_bytes", "put_file", "staged"):
+            m.setattr(fs, name, crashing(getattr(fs, name)))
+        with pytest.raises(SystemExit):
+            save(tmp_path, 20)
+    assert [c.step for c in checkpoint.committed(str(tmp_path))] == [10]
+    assert before.items() <= files(tmp_path).items()
+    save(tmp_path, 20)  # what the killed save left does not block the same step
+    assert load(tmp_path)[0].manifest.step == 20
+
+
+def test_retention_keeps_newest_and_best_and_ignores_torn_steps(tmp_path):
+    for step, val_loss in ((10, 3.0), (20, 1.0), (30, 2.0), (40, 2.5), (50, 2.4)):
+        save(tmp_path, step, val_loss)
+    (tmp_path / "step-00000060").mkdir()  # torn: must not count as one of the newest two
+    checkpoint.retain(str(tmp_path), 2)
+    assert [m.step for m in checkpoint.committed(str(tmp_path))] == [20, 40, 50]
+
+
+def test_deleting_takes_the_manifest_first(tmp_path, monkeypatch):
+    for step in (10, 20):
+        save(tmp_path, step)
+    deleted = []
+    real = fs.delete
+
+    def stop_after_one(url):
+        real(url)
+        deleted.append(url.rsplit("/", 1)[-1])
+        raise SystemExit
+
+    monkeypatch.setattr(fs, "delete", stop_after_one)
+    with pytest.raises(SystemExit):
+        checkpoint.retain(str(tmp_path), 1)
+    assert deleted == ["MANIFEST.json"]
+    assert [m.step for m in checkpoint.committed(str(tmp_path))] == [20]
+
+
+def test_a_full_disk_is_a_storage_error_and_nothing_is_committed(tmp_path):
+    full = tmp_path / "out"
+    full.mkdir()
+    (full / "step-00000010").symlink_to("/dev/full")  # a folder that cannot be written
+    with pytest.raises(StoreError, match=r"cannot write model\.safetensors"):
+        save(full, 10)
+    assert checkpoint.committed(str(full)) == []
+
+
+def test_a_hostile_manifest_cannot_reach_outside(tmp_path):
+    save(tmp_path, 10)
+    path = tmp_path / "step-00000010" / "MANIFEST.json"
+    parts = json.loads(path.read_text())["parts"]
+    parts["../../etc/passwd"] = parts.pop("state.json")
+    rewrite(path, parts=parts)
+    assert checkpoint.committed(str(tmp_path)) == []
