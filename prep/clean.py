@@ -6,6 +6,7 @@ costs a memory scan, so that clean text passes at hundreds of MB/s.
 """
 
 import html
+import html.entities
 import re
 import unicodedata
 from collections.abc import Callable
@@ -57,13 +58,17 @@ def controls(text: str) -> str:
 
 def undo_html(text: str) -> str:
     """Entities -> characters (also escaped twice), common tags -> nothing or a line break; a lone < or & stays."""
-    if "&" in text and _ENTITY.search(text):
-        text = html.unescape(text)
-        if _ENTITY.search(text):
-            text = html.unescape(text)
+    if "&" in text:
+        text = _ENTITY.sub(_character, _ENTITY.sub(_character, text))
     if "<" in text and ">" in text:
         text = _TAG.sub("", _BREAK.sub("\n", text))
     return text
+
+
+def _character(entity: re.Match[str]) -> str:
+    # html.unescape alone also takes prefixes: "&notanentity;" would become "¬anentity;"
+    known = entity[0][1] == "#" or entity[0][1:] in html.entities.html5
+    return html.unescape(entity[0]) if known else entity[0]
 
 
 def spaces(text: str) -> str:
@@ -107,7 +112,7 @@ def clean(text: str, rules: tuple[str, ...]) -> str:
 
 def clean_turns(turns: list[str], rules: tuple[str, ...]) -> list[str]:
     """`clean` of each turn of a conversation."""
-    joined = "\n".join(turns)
+    joined = "\n\n".join(turns)  # white space at either end of a turn then stands where `spaces` removes it
     # text that is clean as a whole is clean in every line: most conversations take one pass instead of one per turn
     return turns if clean(joined, rules) == joined else [clean(t, rules) for t in turns]
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO, Literal
 
+import xxhash
 import zstandard
 
 from cli.errors import UserError
@@ -49,6 +50,7 @@ class Source:
     size: int
     compression: str | None
     kind: Kind
+    head_xxh3: str  # of the first text: a resumed run must not mix two versions of a file
 
 
 @dataclass(frozen=True)
@@ -102,11 +104,13 @@ def _inspect(url: str, size: int) -> Source:
     if odd > len(head[: 1 << 16]) * 0.02:
         raise UserError(f"{fs.redact(url)}: looks binary, not UTF-8 text ({odd} control bytes in the first "
                         f"{len(head[: 1 << 16])}); convert it first, e.g. iconv -f UTF-16 -t UTF-8")  # fmt: skip
+    head_xxh3 = xxhash.xxh3_64_hexdigest(head)
     if suffix in JSON_SUFFIXES:
-        return Source(url, size, compression, "jsonl")
+        return Source(url, size, compression, "jsonl", head_xxh3)
     blocks = [b for b in re.split(rb"\n[ \t\r]*\n", head) if b.strip()]
     labelled = sum(bool(TURN.match(b[:64].decode(errors="replace").lstrip("\ufeff \t\r\n"))) for b in blocks)
-    return Source(url, size, compression, "chat" if labelled * 2 >= max(len(blocks), 1) else "plain")
+    kind = "chat" if labelled * 2 >= max(len(blocks), 1) else "plain"
+    return Source(url, size, compression, kind, head_xxh3)
 
 
 def plan(sources: list[Source], limit: int | None = None) -> list[Task]:
@@ -134,8 +138,36 @@ def _open(url: str, compression: str | None) -> BinaryIO:
     if compression == "xz":
         return lzma.LZMAFile(f)
     if compression == "zstd":
-        return zstandard.ZstdDecompressor(max_window_size=1 << 31).stream_reader(f, read_across_frames=True)
+        return _ZstdFile(f)
     return f
+
+
+class _ZstdFile:
+    """Reads zstd frames one after another. Unlike zstandard's stream_reader it notices a file that was cut off."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.frame, self.ready = file, None, b""
+        self.decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)  # as `zstd --long=31` may need
+
+    def read(self, n: int) -> bytes:
+        while not self.ready:
+            # few stored bytes at once: a bomb's 16 KiB can unpack to half a gigabyte, no more
+            stored = (self.frame.unused_data if self.frame and self.frame.eof else b"") or self.file.read(1 << 14)
+            if self.frame is None or self.frame.eof:
+                if not stored:
+                    return b""
+                self.frame = self.decompressor.decompressobj()
+            elif not stored:
+                raise EOFError("cut off inside a zstd frame")
+            self.ready = self.frame.decompress(stored)
+        piece, self.ready = self.ready[:n], self.ready[n:]
+        return piece
+
+    def __enter__(self) -> "_ZstdFile":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.file.close()
 
 
 def _read_up_to(f: BinaryIO, n: int, url: str) -> bytes:

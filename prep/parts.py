@@ -117,17 +117,20 @@ def load_encoded(path: Path) -> Encoded:
 
 
 def save_marker(path: Path, figures: dict, files: list[Path]) -> dict:
-    """Publish the marker that a task is done: its figures, and the size and hash of each file it wrote."""
-    proofs = {f.name: [f.stat().st_size, _xxh3(f)] for f in files}
-    marker = {**figures, "files": proofs}
-    fs.put_bytes(str(path), json.dumps(marker, ensure_ascii=False).encode())
+    """Publish the marker that a task is done: its figures, the size and hash of each file it wrote, its own hash."""
+    marker = {**figures, "files": {f.name: [f.stat().st_size, _xxh3(f)] for f in files}}
+    text = json.dumps(marker, ensure_ascii=False)
+    fs.put_bytes(str(path), f"{xxhash.xxh3_64_hexdigest(text.encode())}\n{text}".encode())
     return marker
 
 
 def load_marker(path: Path) -> dict | None:
     """The marker of a task whose files are all there and unchanged; None otherwise: then it is simply done again."""
     try:
-        marker = json.loads(path.read_bytes())
+        digest, text = path.read_bytes().split(b"\n", 1)
+        if xxhash.xxh3_64_hexdigest(text) != digest.decode():
+            return None
+        marker = json.loads(text)
         files = {path.parent / name: proof for name, proof in marker["files"].items()}
         whole = all([f.stat().st_size, _xxh3(f)] == proof for f, proof in files.items())
         return marker if whole else None

@@ -28,7 +28,7 @@ from cli.errors import USER_ERRORS, UserError
 from cli.flags import flag
 from cli.progress import Meter, count, duration
 from gpt.tokenizer import SPLIT_PATTERNS, Tokenizer
-from prep import bpe, corpus, encode, stages
+from prep import bpe, corpus, encode, parts, stages
 from prep.pool import Pool, usable_cpus
 from store import fs
 from store.shards import TokenShards, default_cache, dtype_for, write_metadata
@@ -152,23 +152,24 @@ def make_tokenizer(
     trainer: str, given: tuple[str, list[str]] | None,
 ) -> str:  # fmt: skip
     """tokenizer.json: the given one, the one an interrupted run had trained, or a new one."""
-    path = work / "tokenizer.json"
+    path, marker = work / "tokenizer.json", work / "tokenizer.marker"
+    if parts.load_marker(marker):
+        return path.read_text("utf-8")
     if given:
         text, added = given
         if added:
             print(f"tokenizer  {settings.tokenizer} has no {', '.join(added)}: added after its last id")
-        fs.put_bytes(str(path), text.encode())
-    if path.exists():
-        return path.read_text("utf-8")
-    with Meter("tokenizer", selection.sample_bytes, "B") as meter:
-        text = bpe.train(
-            stages.sample_batches(cleaned, selection, meter),
-            vocab_size=settings.vocab_size,
-            min_frequency=settings.min_frequency,
-            split=settings.split_pattern,
-            trainer=trainer,
-        )
+    else:
+        with Meter("tokenizer", selection.sample_bytes, "B") as meter:
+            text = bpe.train(
+                stages.sample_batches(cleaned, selection, meter),
+                vocab_size=settings.vocab_size,
+                min_frequency=settings.min_frequency,
+                split=settings.split_pattern,
+                trainer=trainer,
+            )
     fs.put_bytes(str(path), text.encode())
+    parts.save_marker(marker, {}, [path])
     return text
 
 
@@ -218,7 +219,7 @@ def describe_job(
     """All that the output depends on: a resumed run must have the same. Names and sizes, no folders or credentials."""
     fixed = {k: v for k, v in asdict(settings).items() if k not in FREE} | {"trainer": trainer}
     fixed["tokenizer"] = hashlib.sha256(given[0].encode()).hexdigest() if given else ""
-    files = [[fs.redact(s.url).rsplit("/", 1)[-1], s.size, s.kind] for s in sources]
+    files = [[fs.redact(s.url).rsplit("/", 1)[-1], s.size, s.kind, s.head_xxh3] for s in sources]
     return {"settings": fixed, "sources": files}
 
 

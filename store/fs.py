@@ -82,9 +82,9 @@ def is_transient(error: BaseException) -> bool:
         return False
     if isinstance(error, ValueError):  # aiohttp and requests call a malformed URL one
         return False
-    status = getattr(error, "code", None) or getattr(error, "status", None)
+    status = getattr(error, "status", None) or getattr(error, "code", None)
     if isinstance(status, int) and 400 <= status < 600:
-        return status in (408, 429) or status >= 500
+        return status in (408, 429) or (status >= 500 and status != 501)  # 501: this server never will
     if isinstance(error, TimeoutError | ConnectionError):
         return True
     if isinstance(error, OSError):

@@ -6,6 +6,7 @@ OUT/config.json  metrics.jsonl  events.jsonl  tokenizer.json  samples/step-00001
 import datetime
 import hashlib
 import json
+import os
 import secrets
 from pathlib import Path
 from typing import Any
@@ -33,10 +34,13 @@ class RunFolder:
 
         Raises UserError without `resume` when anything is there, and with it when something else is.
         """
+        if fs.is_local(self.url):
+            there = next(p for p in (self.local.absolute(), *self.local.absolute().parents) if p.exists())
+            if not there.is_dir() or not os.access(there, os.W_OK):
+                what = "cannot be written" if there.is_dir() else "is a file"
+                raise UserError(f"--out {self.url}: {there} {what}: give a folder that can be made and written")
         names = [e.name for e in fs.list_folder(self.url)]
         if not names:
-            if fs.is_local(self.url) and self.local.exists() and not self.local.is_dir():
-                raise UserError(f"{self.url}: is a file; --out needs a folder")
             return False
         where = fs.redact(self.url)
         if not resume:

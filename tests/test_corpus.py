@@ -1,0 +1,161 @@
+"""Documents are read exactly once whatever the byte ranges, from every kind of file."""
+
+import bz2
+import gzip
+import json
+import lzma
+
+import pytest
+import zstandard
+
+from prep import corpus
+from tests.helpers import error_of
+
+
+def read(path, task_bytes=None, monkeypatch=None):
+    """All records of a file, through the plan."""
+    if task_bytes:
+        monkeypatch.setattr(corpus, "TASK_BYTES", task_bytes)
+    (source,) = corpus.find_sources((str(path),))
+    records = []
+    for task in corpus.plan([source]):
+        for chunk in corpus.read_chunks(task):
+            records += corpus.documents(corpus.decode(chunk, strict=False, where="")[0], source.kind)
+    return records
+
+
+CHAT = "".join(
+    f"User: question {i} with some words\nAssistant: answer {i}\nin two lines\n{'' if i % 3 else chr(10) + 'and a paragraph'}\n"
+    + ("\n" if i % 3 else "\n\n \n")
+    for i in range(200)
+)
+
+
+@pytest.mark.parametrize("task_bytes", [1, 7, 64, 100, 1000, 10**9])
+@pytest.mark.parametrize("kind", ["chat", "jsonl", "plain", "crlf"])
+def test_any_ranges_give_the_same_documents(tmp_path, monkeypatch, task_bytes, kind):
+    if kind == "jsonl":
+        text = "".join(json.dumps({"text": f"line {i} é"}) + "\n" for i in range(300))
+    else:
+        text = CHAT.replace("User:", "It was").replace("Assistant:", "and") if kind == "plain" else CHAT
+        text = text.replace("\n", "\r\n") if kind == "crlf" else text
+    path = tmp_path / ("a.jsonl" if kind == "jsonl" else "a.txt")
+    path.write_bytes(text.encode())
+    monkeypatch.setattr(corpus, "PLAIN_DOCUMENT_BYTES", 1)  # joining paragraphs depends on the plan, which is fixed
+    whole = list(corpus.documents(text, {"crlf": "chat"}.get(kind, kind)))
+    assert len(whole) >= 200
+    assert read(path, task_bytes, monkeypatch) == whole
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
+def test_compressed_files_give_the_same(tmp_path, monkeypatch, suffix):
+    pack = {
+        ".gz": gzip.compress,
+        ".bz2": bz2.compress,
+        ".xz": lzma.compress,
+        ".zst": zstandard.ZstdCompressor().compress,
+    }
+    (tmp_path / "a.txt").write_text(CHAT)
+    (tmp_path / f"b.txt{suffix}").write_bytes(pack[suffix](CHAT.encode()))
+    monkeypatch.setattr(corpus, "MAX_CHUNK_BYTES", 5000)
+    monkeypatch.setattr(corpus, "TASK_BYTES", 1000)  # many chunks
+    assert read(tmp_path / f"b.txt{suffix}") == read(tmp_path / "a.txt")
+    (tmp_path / f"bad.txt{suffix}").write_bytes(pack[suffix](CHAT.encode())[:-20])
+    assert "damaged or misnamed" in error_of(read, tmp_path / f"bad.txt{suffix}")
+
+
+def test_conversations_by_hand():
+    text = (
+        "User: Hi!\nAssistant: Hello.\nHow are you?\n\nUser: a\n\nassistant : b\n\nsecond paragraph\n\n"
+        "lost its label\nAssistant: yes\n\nSYSTEM: be brief\nHuman: x\nBot: y\n"
+    )
+    assert list(corpus.documents(text, "chat")) == [
+        [("user", "Hi!"), ("assistant", "Hello.\nHow are you?")],
+        [("user", "a")],
+        [("assistant", "b\n\nsecond paragraph")],
+        [("user", "lost its label"), ("assistant", "yes")],
+        [("system", "be brief"), ("user", "x"), ("assistant", "y")],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ('{"messages": [{"role": "user", "content": "a"}, {"role": "Assistant", "content": "b"}]}',
+         [("user", "a"), ("assistant", "b")]),
+        ('{"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url"}]}]}', [("user", "a")]),
+        ('{"messages": [{"role": "user", "content": null}]}', [("user", "")]),
+        ('{"text": "plain", "id": 3}', [(None, "plain")]),
+        (r'{"text": "half \ud83d pair, whole \ud83d\ude00"}', [(None, "half \ufffd pair, whole 😀")]),
+        ('{"messages": [{"role": "tool", "content": "x"}]}', "unknown_role"),
+        ('{"messages": ["x"]}', "bad_message"),
+        ('{"text": 3}', "no_text_field"),
+        ("[1, 2]", "no_text_field"),
+        ('{"text": "cut off', "broken_json"),
+        ("[" * 100_000, "broken_json"),
+    ],
+)  # fmt: skip
+def test_jsonl_records(line, expected):
+    assert corpus.parse_json(line) == expected
+
+
+def test_one_huge_record_is_read_in_bounded_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "TASK_BYTES", 1000)
+    monkeypatch.setattr(corpus, "MAX_CHUNK_BYTES", 4000)
+    path = tmp_path / "a.txt"
+    path.write_text("x" * 50_000 + "\n\nend")
+    (source,) = corpus.find_sources((str(path),))
+    chunks = [c for t in corpus.plan([source]) for c in corpus.read_chunks(t)]
+    assert b"".join(chunks) == path.read_bytes()
+    assert max(map(len, chunks)) <= 4000
+
+
+def test_find_sources(tmp_path):
+    for name in ("b.txt", "a.jsonl", "sub/c d.txt", "sub/é.txt.gz", ".hidden/x.txt", "image.png"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(gzip.compress(b"text") if name.endswith("gz") else b'{"text": "hello"}')
+
+    def names(*inputs):
+        return [s.url.removeprefix(str(tmp_path) + "/") for s in corpus.find_sources(tuple(map(str, inputs)))]
+
+    assert names(tmp_path) == ["a.jsonl", "b.txt", "sub/c d.txt", "sub/é.txt.gz"]
+    assert names(tmp_path / "*.txt", tmp_path / "b.txt") == ["b.txt"]  # each once
+    assert names(tmp_path / "image.png") == ["image.png"]  # named by hand: taken as text if it is
+    assert "no text found" in error_of(corpus.find_sources, (str(tmp_path / "*.csv"),))
+
+
+def test_kind_is_seen_in_the_text(tmp_path):
+    (tmp_path / "chat.txt").write_text(CHAT)
+    (tmp_path / "plain.txt").write_text("It is a truth universally acknowledged.\n\nUser: is a word too.\n\nAnd so on.")
+    assert [s.kind for s in corpus.find_sources((str(tmp_path),))] == ["chat", "plain"]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", r"empty \(0 bytes\)"),
+        ("text".encode("utf-16"), "looks binary.*iconv"),
+        (bytes(range(256)) * 20, "looks binary"),
+    ],
+)
+def test_what_is_no_text_is_refused(tmp_path, content, says):
+    import re
+
+    (tmp_path / "a.txt").write_bytes(content)
+    assert re.search(says, error_of(corpus.find_sources, (str(tmp_path / "a.txt"),)))
+
+
+def test_invalid_utf8_is_counted_or_refused():
+    assert corpus.decode("ok \ufffd".encode() + b" \xff\xfe caf\xe9", strict=False, where="a") == (
+        "ok \ufffd \ufffd\ufffd caf\ufffd",
+        3,
+    )
+    assert "--clean strict refuses it" in error_of(lambda: corpus.decode(b"caf\xe9", strict=True, where="a"))
+
+
+def test_plain_text_documents_keep_paragraphs_together():
+    text = "\n\n".join(f"paragraph {i} " + "word " * 100 for i in range(200))
+    found = list(corpus.documents(text, "plain"))
+    assert "\n\n".join(d[0][1] for d in found) == text
+    assert 3 < len(found) < 10

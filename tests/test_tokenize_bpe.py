@@ -1,0 +1,279 @@
+"""Law 4: the dataset is a pure function of input bytes, settings and seed. And what a user can get wrong."""
+
+import json
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from gpt.tokenizer import Tokenizer
+from prep import corpus as reading
+from prep import pool, stages
+from store.shards import TokenShards
+from tests.helpers import command, error_of, files, prepare, start
+
+FLAGS = ("--vocab-size", 512, "--compress", "--shard-tokens", 30_000, "--val-fraction", 0.05)
+
+
+def documents(folder, split):
+    """The ids of every document of a split, as tuples."""
+    data = TokenShards(str(folder))
+    ids = np.concatenate([data.load(s, preload=True) for s in data.split(split)])
+    return [tuple(d.tolist()) for d in np.split(ids, np.flatnonzero(ids == 0)[1:])]
+
+
+def test_every_document_arrives_once_and_decodes_to_its_text(corpus, tmp_path):
+    assert prepare("--input", corpus, "--output", tmp_path / "d", *FLAGS, "--clean", "off") == 0
+    tokenizer = Tokenizer((tmp_path / "d" / "tokenizer.json").read_text("utf-8"))
+    expected = {tokenizer.decode(tokenizer.render(d)) for d in reading.documents(corpus.read_text("utf-8"), "chat")}
+    train, val = documents(tmp_path / "d", "train"), documents(tmp_path / "d", "val")
+    decoded = [tokenizer.decode(d) for d in train + val]
+    assert len(decoded) == len(set(decoded))
+    assert set(decoded) == expected
+    assert 0.03 < len(val) / len(decoded) < 0.07
+    metadata = TokenShards(str(tmp_path / "d")).metadata
+    assert metadata["totals"]["train"]["documents"] == len(train)
+    assert len(TokenShards(str(tmp_path / "d")).split("train")) > 3
+
+
+def test_documents_are_shuffled_across_shards(corpus, tmp_path):
+    prepare("--input", corpus, "--output", tmp_path / "d", *FLAGS)
+    tokenizer = Tokenizer((tmp_path / "d" / "tokenizer.json").read_text("utf-8"))
+    original = {tokenizer.decode(tokenizer.render(d)): i for i, d in
+                enumerate(reading.documents(corpus.read_text("utf-8"), "chat"))}  # fmt: skip
+    order = [original.get(tokenizer.decode(d), 0) for d in documents(tmp_path / "d", "train")]
+    assert abs(np.corrcoef(order, np.arange(len(order)))[0, 1]) < 0.1
+
+
+def test_same_bytes_for_any_workers_task_size_and_killed_runs(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "TASK_BYTES", 50_000)
+    prepare("--input", corpus, "--output", tmp_path / "one", *FLAGS)
+    monkeypatch.setattr(reading, "TASK_BYTES", 7_000)
+    prepare("--input", corpus, "--output", tmp_path / "small-tasks", *FLAGS)
+    assert files(tmp_path / "small-tasks") == files(tmp_path / "one")
+    assert not (tmp_path / "one" / ".prep").exists()
+
+    real = start("prep/tokenize_bpe.py", "--input", corpus, "--output", tmp_path / "three", *FLAGS, "--workers", 3)
+    assert real.wait(120) == 0  # real processes, the real task size
+    assert files(tmp_path / "three") == files(tmp_path / "one")
+
+
+def test_killed_at_any_task_it_resumes_to_the_same_bytes(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "TASK_BYTES", 100_000)
+    prepare("--input", corpus, "--output", tmp_path / "quiet", *FLAGS)
+
+    class Killed(BaseException):
+        pass
+
+    calls = 0
+    real_run = pool.Pool.run
+
+    def dying_run(self, work, tasks):
+        nonlocal calls
+        for result in real_run(self, work, tasks):
+            calls += 1
+            if calls == limit:
+                raise Killed
+            yield result
+
+    redone = []
+    for limit in (1, 4, 9, 14, 17):  # noqa: B007 - dying_run reads it
+        calls = 0
+        with monkeypatch.context() as m:
+            m.setattr(pool.Pool, "run", dying_run)
+            with pytest.raises(Killed):
+                prepare("--input", corpus, "--output", tmp_path / "d", *FLAGS, "--resume")
+        assert not (tmp_path / "d" / "metadata.json").exists()  # unfinished is never taken for complete
+    real_documents = reading.documents
+    monkeypatch.setattr(reading, "documents", lambda *a: redone.append(1) or real_documents(*a))
+    assert prepare("--input", corpus, "--output", tmp_path / "d", *FLAGS, "--resume") == 0
+    assert redone == []  # what was done is not done again
+    assert files(tmp_path / "d") == files(tmp_path / "quiet")
+
+
+def test_sigkill_of_a_real_run_leaves_no_worker_and_resumes(corpus, tmp_path):
+    big = tmp_path / "big.txt"
+    big.write_bytes(corpus.read_bytes() * 30)
+    flags = ("--input", big, *FLAGS, "--dedup", "off", "--workers", 2)
+    quiet = start("prep/tokenize_bpe.py", *flags, "--output", tmp_path / "quiet")
+    assert quiet.wait(120) == 0
+    for wait_s in (1.0, 2.5):
+        process = start("prep/tokenize_bpe.py", *flags, "--output", tmp_path / "d", "--resume", start_new_session=True)
+        time.sleep(wait_s)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        deadline_s = time.monotonic() + 10
+        while group_is_alive(process.pid) and time.monotonic() < deadline_s:
+            time.sleep(0.05)
+        assert not group_is_alive(process.pid)
+    process = start("prep/tokenize_bpe.py", *flags, "--output", tmp_path / "d", "--resume")
+    assert process.wait(120) == 0
+    assert files(tmp_path / "d") == files(tmp_path / "quiet")
+
+
+def group_is_alive(group):
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_damaged_working_files_are_made_again(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "TASK_BYTES", 100_000)
+    prepare("--input", corpus, "--output", tmp_path / "quiet", *FLAGS)
+    with monkeypatch.context() as m:
+        m.setattr(stages, "plan_output", lambda *a, **k: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            prepare("--input", corpus, "--output", tmp_path / "d", *FLAGS)
+    for number, path in enumerate(sorted((tmp_path / "d" / ".prep").iterdir())):
+        if path.name != "job.json":
+            raw = bytearray(path.read_bytes())
+            if number % 3 == 0:
+                raw[len(raw) // 2] ^= 1
+            elif number % 3 == 1:
+                raw = raw[:-1]
+            path.write_bytes(raw)
+    assert prepare("--input", corpus, "--output", tmp_path / "d", *FLAGS, "--resume") == 0
+    assert files(tmp_path / "d") == files(tmp_path / "quiet")
+
+
+def test_seed_and_settings_matter(corpus, tmp_path):
+    made = {}
+    for name, extra in {"a": (), "seed": ("--seed", 2), "split": ("--split-pattern", "gpt2")}.items():
+        prepare("--input", corpus, "--output", tmp_path / name, *FLAGS, *extra)
+        made[name] = files(tmp_path / name)["train-00000.bin.zst"]
+    assert len(set(made.values())) == 3
+
+
+def test_duplicates_are_dropped_and_cannot_straddle_the_split(corpus, tmp_path):
+    doubled = tmp_path / "doubled.txt"
+    doubled.write_bytes(corpus.read_bytes() + b"\n\n" + corpus.read_bytes())
+    prepare("--input", doubled, "--output", tmp_path / "d", *FLAGS)
+    prepare("--input", corpus, "--output", tmp_path / "once", *FLAGS)
+    assert sorted(documents(tmp_path / "d", "train")) == sorted(documents(tmp_path / "once", "train"))
+    prepare("--input", doubled, "--output", tmp_path / "kept", *FLAGS, "--dedup", "off")
+    train, val = documents(tmp_path / "kept", "train"), documents(tmp_path / "kept", "val")
+    assert len(train) + len(val) >= 2 * (
+        len(documents(tmp_path / "d", "train")) + len(documents(tmp_path / "d", "val"))
+    )
+    assert not set(train) & set(val)
+
+
+def test_inputs_of_many_kinds_in_one_run(corpus, tmp_path):
+    folder = tmp_path / "in put"
+    folder.mkdir()
+    chats = list(reading.documents(corpus.read_text("utf-8"), "chat"))[:300]
+    (folder / "a.txt").write_text("\n\n".join("\n".join(f"{r.title()}: {t}" for r, t in d) for d in chats[:100]))
+    as_json = [json.dumps({"messages": [{"role": r, "content": t} for r, t in d]}) for d in chats[100:200]]
+    (folder / "b.jsonl").write_text("\n".join([*as_json, "{broken", "", '{"no": 1}']))
+    import gzip
+
+    (folder / "ç.jsonl.gz").write_bytes(
+        gzip.compress("\n".join(json.dumps({"text": d[0][1] * 3}) for d in chats[200:]).encode())
+    )
+    assert prepare("--input", folder, "--output", tmp_path / "d", "--vocab-size", 400) == 0
+    report = json.loads((tmp_path / "d" / "report.json").read_text())
+    assert report["counts"]["dropped_broken_json"] == 1
+    assert report["counts"]["dropped_no_text_field"] == 1
+    assert report["counts"]["kept"] == 300
+    assert report["counts"]["chat"] == 200
+
+
+def test_reused_tokenizer_and_remote_output(corpus, data, tmp_path):
+    url = f"memory://prep/{tmp_path.name}"
+    prepare(
+        "--input", corpus, "--output", url, "--tokenizer", data / "tokenizer.json", "--compress", "--work-dir", tmp_path
+    )
+    made = TokenShards(url)
+    made.verify()
+    assert made.vocab_size == 512
+    assert not (tmp_path / "perennial-prep").exists()
+
+
+def test_limit_is_a_trial(corpus, tmp_path):
+    prepare("--input", corpus, "--output", tmp_path / "d", "--vocab-size", 300, "--limit", "50kB")
+    assert 45_000 < TokenShards(str(tmp_path / "d")).metadata["counts"]["bytes"] < 60_000
+
+
+def test_default_output_is_beside_the_input_and_named_after_it(corpus, tmp_path):
+    (tmp_path / "my corpus.txt").write_bytes(corpus.read_bytes())
+    process = start("prep/tokenize_bpe.py", "--input", "my corpus.txt", "--compress", "--vocab-size", 300, cwd=tmp_path)
+    assert process.wait(60) == 0
+    assert (tmp_path / "my corpus-tokens" / "metadata.json").exists()
+
+
+def bad_inputs(tmp_path, corpus, data):
+    (tmp_path / "empty.txt").write_bytes(b"")
+    (tmp_path / "blank.txt").write_bytes(b"\n\n \n\n")
+    (tmp_path / "binary.txt").write_bytes(bytes(range(256)) * 100)
+    (tmp_path / "latin.txt").write_bytes(b"User: caf\xe9 au lait, please\nAssistant: Coming.\n\n" * 50)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.doc").write_bytes(b"do not touch")
+    (tmp_path / "file").write_bytes(b"x")
+    (tmp_path / "junk.json").write_bytes(b"{}")
+    ok = ("--input", corpus)
+    return {
+        "no input": ((), "--input is missing"),
+        "missing file": (("--input", tmp_path / "no.txt"), "no.txt: not found"),
+        "empty file": (("--input", tmp_path / "empty.txt"), "empty (0 bytes)"),
+        "blank file": (("--input", tmp_path / "blank.txt"), "the corpus is empty"),
+        "binary file": (("--input", tmp_path / "binary.txt"), "looks binary"),
+        "invalid UTF-8, strict": (("--input", tmp_path / "latin.txt", "--clean", "strict"), "invalid UTF-8 (e9"),
+        "vocabulary too large": ((*ok, "--vocab-size", 60_000), "supports only"),
+        "vocabulary too small": ((*ok, "--vocab-size", 100), "at least 261"),
+        "val fraction": ((*ok, "--val-fraction", 2), "expected 0 to 0.5"),
+        "output holds something else": ((*ok, "--output", tmp_path / "other"), "holds something else (thesis.doc)"),
+        "the same with --resume": ((*ok, "--output", tmp_path / "other", "--resume"), "holds something else"),
+        "output exists": ((*ok, "--output", data), "exists already and is complete"),
+        "output under a file": ((*ok, "--output", tmp_path / "file" / "out"), "a part of that path is a file"),
+        "another job": ((*ok, "--output", data, "--resume"), "was begun with --vocab-size 512, now it is 32000"),
+        "tokenizer missing": ((*ok, "--tokenizer", tmp_path / "no.json"), "not found"),
+        "tokenizer junk": ((*ok, "--tokenizer", tmp_path / "junk.json"), "not a tokenizer.json"),
+        "unknown URL": (("--input", "ftpx://host/x.txt"), "unknown kind of URL"),
+    }
+
+
+def test_each_user_error_is_one_line_and_writes_nothing(corpus, data, tmp_path):
+    cases = bad_inputs(tmp_path, corpus, data)
+    before, data_before = files(tmp_path), files(data)
+    for name, (flags, says) in cases.items():
+        flags = flags if "--output" in flags else (*flags, "--output", tmp_path / "out")
+        assert says in error_of(prepare, *flags), name
+        assert files(tmp_path) == before, name
+        assert not (tmp_path / "out").exists(), name
+    assert files(data) == data_before
+
+
+def test_as_a_real_process_an_error_is_one_line_and_exit_2(tmp_path):
+    import subprocess
+
+    for flags, says in ((("--input", "no.txt"), "not found"), (("--inptu", "x"), "did you mean --input?")):
+        done = subprocess.run(command("prep/tokenize_bpe.py", *flags), cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 2
+        assert done.stderr.count("\n") == 1
+        assert done.stderr.startswith("error: ")
+        assert says in done.stderr
+        assert done.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unfinished_output_without_resume_is_refused(corpus, tmp_path, monkeypatch):
+    with monkeypatch.context() as m:
+        m.setattr(stages, "select", lambda *a, **k: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            prepare("--input", corpus, "--output", tmp_path / "d", *FLAGS)
+    assert "holds an unfinished run: add --resume" in error_of(
+        prepare, "--input", corpus, "--output", tmp_path / "d", *FLAGS
+    )
+    other = error_of(prepare, "--input", corpus, "--output", tmp_path / "d", *FLAGS, "--resume", "--seed", 9)
+    assert "was begun with --seed 1, now it is 9" in other
+
+
+def test_invalid_utf8_is_counted_and_replaced(corpus, tmp_path, capsys):
+    dirty = tmp_path / "dirty.txt"
+    dirty.write_bytes(corpus.read_bytes() + b"\n\nUser: caf\xe9 and th\xe9\nAssistant: Yes.\n")
+    prepare("--input", dirty, "--output", tmp_path / "d", *FLAGS)
+    assert "2 invalid UTF-8 sequences were replaced" in capsys.readouterr().err

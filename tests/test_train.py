@@ -1,0 +1,282 @@
+"""Training learns what a textbook loop learns, and says in one line what a user got wrong."""
+
+import json
+import re
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from gpt.model import GPT
+from gpt.presets import preset
+from store.shards import TokenShards
+from tests.helpers import command, error_of, files, prepare, result, train
+from train import batches as order
+from train import checkpoint
+from train.schedule import learning_rate
+
+SHAPE = ("--model", "tiny", "--n-embd", 64, "--block-size", 64, "--device", "cpu")
+QUICK = (*SHAPE, "--batch", 4, "--steps", 2, "--eval-tokens", 512, "--sample-every", 0)
+
+
+class Textbook(nn.Module):
+    """GPT-2 from torch's own parts, as a tutorial would write it, with the weights of our model at its start."""
+
+    def __init__(self, ours: GPT) -> None:
+        super().__init__()
+        c = ours.config
+        self.n_head, self.wte, self.wpe = (
+            c.n_head,
+            nn.Embedding(c.vocab_size, c.n_embd),
+            nn.Embedding(c.block_size, c.n_embd),
+        )
+        layers = [
+            nn.TransformerEncoderLayer(
+                c.n_embd, c.n_head, 4 * c.n_embd, dropout=0.0, batch_first=True, norm_first=True,
+                activation=lambda x: F.gelu(x, approximate="tanh"),
+            )
+            for _ in range(c.n_layer)
+        ]  # fmt: skip
+        self.layers, self.norm = nn.ModuleList(layers), nn.LayerNorm(c.n_embd)
+        self.head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
+        names = {"ln_1": "norm1", "attn.qkv": "self_attn.in_proj_", "attn.proj": "self_attn.out_proj", "ln_2": "norm2",
+                 "mlp.up": "linear1", "mlp.down": "linear2", "ln_f": "norm", "blocks": "layers"}  # fmt: skip
+        state = {}
+        for name, value in ours.state_dict().items():
+            for a, b in names.items():
+                name = name.replace(a, b)
+            state[name.replace("in_proj_.", "in_proj_")] = value.clone()
+        self.load_state_dict(state)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        t = ids.shape[1]
+        mask = nn.Transformer.generate_square_subsequent_mask(t)
+        x = self.wte(ids) + self.wpe(torch.arange(t))
+        for layer in self.layers:
+            x = layer(x, src_mask=mask, is_causal=True)
+        return self.head(self.norm(x))
+
+
+def test_500_steps_reach_the_loss_of_a_textbook_loop(data, tmp_path):
+    """Same shape, first weights, data order and hyperparameters; the textbook's own arithmetic: within 1 %."""
+    steps, batch, block, lr = 500, 8, 64, 2e-3
+    flags = ("--data", data, *SHAPE, "--steps", steps, "--batch", batch, "--lr", lr, "--warmup", 20, "--eval-tokens", 8192,
+             "--sample-every", 0, "--save-every-minutes", 0)  # fmt: skip
+    assert train(*flags, "--out", tmp_path / "out") == 0
+    ours = next(m["val_loss"] for m in reversed(result(tmp_path / "out")["metrics"]) if "val_loss" in m)
+
+    tokens = TokenShards(str(data))
+    arrays = {split: [tokens.load(s, preload=True) for s in tokens.split(split)] for split in ("train", "val")}
+    torch.manual_seed(1)
+    model = Textbook(GPT(preset("tiny", vocab_size=512, block_size=block, n_embd=64)))
+    decay = [p for p in model.parameters() if p.ndim >= 2]
+    rest = [p for p in model.parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": decay}, {"params": rest, "weight_decay": 0.0}], betas=(0.9, 0.95), weight_decay=0.1
+    )
+    data_order = order.Batches(arrays["train"], block_size=block, batch=batch, seed=1)
+    for step in range(steps):
+        ids = torch.from_numpy(data_order.batch_at(step).astype(np.int64))
+        loss = F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(
+                step, total=steps, peak=lr, warmup=20, schedule="cosine", floor=0.1, decay_fraction=0.2
+            )
+        optimizer.step()
+    windows = order.validation_windows(arrays["val"], block_size=block, tokens=8192).astype(np.int64)
+    with torch.no_grad():
+        ids = torch.from_numpy(windows)
+        theirs = F.cross_entropy(model.eval()(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()).item()
+    assert ours == pytest.approx(theirs, rel=0.01)
+    assert ours < 0.5 * np.log(512)  # and both have learnt something
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [("--micro-batch", 1), ("--loading", "memmap"), ("--loading", "preload"), ("--epochs", "0.01"), ("--tokens", "5k"),
+     ("--schedule", "linear"), ("--precision", "bf16"), ("--no-qkv-bias", "--n-layer", 1), ("--n-ff", 96)],
+)  # fmt: skip
+def test_flags_work(data, tmp_path, flags):
+    base = [f for f in QUICK if f not in ("--steps", 2)] if {"--epochs", "--tokens"} & set(flags) else QUICK
+    assert train("--data", data, "--out", tmp_path / "out", *base, *flags) == 0
+    assert result(tmp_path / "out")["step"] >= 1
+
+
+def test_raw_and_compressed_shards_give_the_same_training(corpus, data, tmp_path):
+    flags = ("--vocab-size", 512, "--shard-tokens", 40_000, "--val-fraction", 0.05)
+    assert prepare("--input", corpus, "--output", tmp_path / "raw", *flags) == 0
+    for name, folder in (("a", data), ("b", tmp_path / "raw")):
+        assert train("--data", folder, "--out", tmp_path / name, *QUICK) == 0
+    assert result(tmp_path / "a") == result(tmp_path / "b")
+
+
+def test_compiled_is_the_same_model(data, tmp_path, monkeypatch):
+    """Checkpoints of compiled runs have plain names and go on without compilation."""
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model: real(model, backend="eager"))  # inductor takes a minute here
+    flags = ("--data", data, "--out", tmp_path / "out", *QUICK, "--resume")
+    assert train(*flags, "--compile", "on") == 0
+    names = checkpoint.load(str(tmp_path / "out"), checkpoint.committed(str(tmp_path / "out"))[-1]).tensors[
+        "model.safetensors"
+    ]
+    assert "wte.weight" in names
+    assert train(*flags, "--compile", "off", "--steps", 4) == 0
+
+
+def test_what_a_person_sees_and_finds(data, tmp_path, capsys):
+    flags = (
+        *QUICK,
+        "--steps",
+        4,
+        "--log-every",
+        2,
+        "--eval-every",
+        2,
+        "--sample-every",
+        4,
+        "--save-every",
+        2,
+        "--keep",
+        1,
+    )
+    assert train("--data", data, "--out", tmp_path / "out", *flags) == 0
+    text = capsys.readouterr().out
+    assert re.search(
+        r"^model      tiny: 2 layers, 4 heads, 64 wide, 0\.2 M parameters \(untied; tied 0\.1 M\)$", text, re.M
+    )
+    line = r"^step 4/4 \| loss \d\.\d{4} \| val \d\.\d{4} \| lr \d\.\d\de-\d\d \| norm \d+\.\d\d \| \S+ tok/s \| epoch 0\.\d\d \| 0:\d\d \| eta 0:00$"
+    assert re.search(line, text, re.M)
+    assert text.count("\nsample     ") == 2
+    assert "finished   4 steps" in text
+    assert "peak memory" in text
+    names = set(files(tmp_path / "out"))
+    assert {"config.json", "metrics.jsonl", "events.jsonl", "tokenizer.json", "samples/step-00000004.txt"} <= names
+    metrics = result(tmp_path / "out")["metrics"]
+    assert [m["step"] for m in metrics if "loss" in m] == [1, 2, 3, 4]
+    events = [json.loads(e)["event"] for e in (tmp_path / "out" / "events.jsonl").read_text().splitlines()]
+    assert events == ["start", "saved", "saved", "finished"]
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (data / "tokenizer.json").read_bytes()
+
+
+def altered(data, folder, change):
+    """A copy of a dataset with one thing wrong."""
+    folder.mkdir()
+    for name, raw in files(data).items():
+        (folder / name).write_bytes(raw)
+    change(folder)
+    return folder
+
+
+def flip(path):
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 16
+    path.write_bytes(raw)
+
+
+def newer(path):
+    path.write_text(json.dumps({**json.loads(path.read_text()), "version": 2}))
+
+
+def bad_runs(data, corpus, tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.doc").write_bytes(b"do not touch")
+    (tmp_path / "file").write_bytes(b"x")
+    run = tmp_path / "run"
+    assert train("--data", data, "--out", run, *QUICK) == 0
+    newer_run = tmp_path / "newer-run"
+    newer_run.mkdir()
+    (newer_run / "config.json").write_text('{"format": "perennial-run", "version": 9, "run_id": "x"}')
+    other = tmp_path / "other-vocabulary"
+    assert prepare("--input", corpus, "--output", other, "--vocab-size", 300, "--val-fraction", 0.05) == 0
+    reseeded = tmp_path / "reseeded"
+    assert prepare("--input", corpus, "--output", reseeded, "--tokenizer", data / "tokenizer.json", "--seed", 3) == 0
+    shard = "train-00001.bin.zst"
+    return {
+        "no dataset": (("--data", tmp_path / "no"), "no token dataset there"),
+        "unfinished dataset": (("--data", altered(data, tmp_path / "d0", lambda f: (f / "metadata.json").unlink())), "no token dataset"),
+        "missing shard": (("--data", altered(data, tmp_path / "d1", lambda f: (f / shard).unlink())), f"{shard} is missing"),
+        "cut shard": (("--data", altered(data, tmp_path / "d2", lambda f: (f / shard).write_bytes(b"x"))), f"{shard} has 1 bytes"),
+        "altered shard": (("--data", altered(data, tmp_path / "d3", lambda f: flip(f / shard))), shard),
+        "newer dataset": (("--data", altered(data, tmp_path / "d4", lambda f: newer(f / "metadata.json"))), "newer than this"),
+        "swapped tokenizer": (("--data", altered(data, tmp_path / "d5", lambda f: (f / "tokenizer.json").write_text("{}"))),
+                              "not the tokenizer these shards were made with"),
+        "too few tokens": (("--block-size", 65_000), "too few for one batch of 4"),
+        "unknown preset": (("--model", "smal"), "unknown preset 'smal', did you mean 'small'?"),
+        "impossible shape": (("--n-embd", 30, "--n-head", 4), "n_embd=30 is no multiple of n_head=4"),
+        "two run lengths": (("--epochs", 1), "give only one of"),
+        "negative": (("--lr", -1), "--lr -1.0: expected 0 or more"),
+        "no such device": (("--device", "tpu"), "expected auto, cuda, mps or cpu"),
+        "no GPU here": (("--device", "cuda"), "torch sees no GPU here") if not torch.cuda.is_available() else (("--lr", -1), "--lr"),
+        "fp16 on a CPU": (("--precision", "fp16"), "a CPU has no fast fp16"),
+        "out is a file": (("--out", tmp_path / "file"), "is a file"),
+        "out under a file": (("--out", tmp_path / "file" / "out"), "is a file"),
+        "out holds something else": (("--out", tmp_path / "thesis"), "is not empty (thesis.doc"),
+        "the same with --resume": (("--out", tmp_path / "thesis", "--resume"), "holds something that is not a run (thesis.doc"),
+        "a run, without --resume": (("--out", run), "add --resume"),
+        "block size of another run": (("--out", run, "--resume", "--block-size", 32), "--block-size 32: the checkpoint was trained with 64"),
+        "batch of another run": (("--out", run, "--resume", "--batch", 8), "--batch 8: the checkpoint was trained with 4"),
+        "data of another vocabulary": (("--out", run, "--resume", "--data", other), "vocabulary of 300, the checkpoint one of 512"),
+        "other data, same vocabulary": (("--out", run, "--resume", "--data", reseeded), "is not the dataset this run was trained on"),
+        "newer run": (("--out", newer_run, "--resume"), "run format 9 is newer"),
+        "unknown storage": (("--out", "ftpx://host/out"), "unknown kind of URL"),
+        "missing driver": (("--out", "s3://bucket/out"), "pip install s3fs"),
+    }  # fmt: skip
+
+
+def test_each_user_error_is_one_line_and_writes_nothing(data, corpus, tmp_path):
+    cases = bad_runs(data, corpus, tmp_path)
+    before = files(tmp_path)
+    for name, (flags, says) in cases.items():
+        given = {flag: True for flag in flags if str(flag).startswith("--")}
+        base = [
+            *([] if "--data" in given else ["--data", data]),
+            *([] if "--out" in given else ["--out", tmp_path / "out"]),
+        ]
+        message = error_of(train, *base, *QUICK, *flags)
+        assert says in message, (name, message)
+        assert files(tmp_path) == before, name
+        assert not (tmp_path / "out").exists(), name
+
+
+def test_as_a_real_process_an_error_is_one_line_and_exit_2(tmp_path):
+    for flags, says in (
+        ((), "no token dataset there"),
+        (("--bach", "3"), "did you mean --batch?"),
+        (("--steps", "x"), "--steps"),
+    ):
+        done = subprocess.run(command("train/run.py", *flags), cwd=tmp_path, capture_output=True, text=True)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+        assert done.stderr.startswith("error: ")
+        assert says in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_environment_and_drive_fill_in_the_places(data, tmp_path, monkeypatch):
+    """What makes the bare `!python train/run.py --resume` right in a Colab cell."""
+    from train import config
+
+    monkeypatch.setenv("PERENNIAL_DATA", str(data))
+    monkeypatch.setenv("PERENNIAL_OUT", str(tmp_path / "out"))
+    assert train("--resume", *QUICK) == 0
+    assert (tmp_path / "out" / "config.json").exists()
+    monkeypatch.setenv("COLAB_RELEASE_TAG", "x")
+    monkeypatch.setattr(config, "DRIVE", tmp_path)
+    places = config.with_places(config.TrainConfig())
+    assert (places.data, places.out) == (str(tmp_path / "perennial" / "data"), str(tmp_path / "perennial" / "out"))
+
+
+def test_a_model_of_the_right_size_is_chosen():
+    from train.config import TrainConfig, total_steps, with_recipe
+
+    assert with_recipe(TrainConfig(), "cuda").model == "gpt2_small"
+    cpu = with_recipe(TrainConfig(), "cpu")
+    assert cpu.model == "small"
+    assert total_steps(cpu, 3200) == 3200 // cpu.batch  # one epoch unless told otherwise
+    assert total_steps(with_recipe(TrainConfig(epochs=2.5), "cpu"), 3200) == 250
+    assert total_steps(with_recipe(TrainConfig(tokens=512 * 32 * 7), "cpu"), 3200) == 7
