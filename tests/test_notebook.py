@@ -72,7 +72,7 @@ def run_all(work: Path, steps: int) -> str:
     notebook = nbformat.read(NOTEBOOK, 4)
     for cell in notebook.cells:
         cell.source = cell.source.replace("/content/drive/MyDrive", str(work / "drive")).replace(
-            "--steps 1500", f"--steps {steps}"
+            "--steps 800", f"--steps {steps}"
         )
         cell.source = cell.source.replace("--output demo.txt", "--output demo.txt --megabytes 0.5")
     NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(work)}}).execute()

@@ -9,7 +9,6 @@ import hashlib
 import json
 import re
 import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from store import fs
 from store.errors import DataError, NotFound, StoreError
+from store.shards import default_cache
 
 FORMAT, VERSION = "perennial-checkpoint", 1
 MANIFEST = "MANIFEST.json"
@@ -104,21 +104,22 @@ def save(
     What an earlier, killed save left under the same name is overwritten part by part before the manifest appears.
     """
     url = fs.join(out, step_name(step))
-    with tempfile.TemporaryDirectory(prefix="perennial-save-") as temporary:
-        folder = fs.local_path(url) if fs.is_local(url) else Path(temporary)
-        parts: dict[str, dict[str, Any]] = {}
-        for name in PARTS:
-            path = folder / name
-            try:
-                with fs.staged(path) as staged:
-                    if name in TENSOR_PARTS:
-                        save_file({k: v.detach().contiguous() for k, v in tensors[name].items()}, staged)
-                    else:
-                        staged.write_text(json.dumps(state, indent=1), "utf-8")
-            except (SafetensorError, OSError) as e:
-                raise StoreError(f"{fs.redact(url)}: cannot write {name}: {e}") from e
-            parts[name] = {"bytes": path.stat().st_size, "sha256": fs.sha256_file(path)}
-            fs.put_file(fs.join(url, name), path)
+    folder = fs.local_path(url) if fs.is_local(url) else _staging(out)
+    parts: dict[str, dict[str, Any]] = {}
+    for name in PARTS:
+        path = folder / name
+        try:
+            with fs.staged(path) as staged:
+                if name in TENSOR_PARTS:
+                    save_file({k: v.detach().contiguous() for k, v in tensors[name].items()}, staged)
+                else:
+                    staged.write_text(json.dumps(state, indent=1), "utf-8")
+        except (SafetensorError, OSError) as e:
+            raise StoreError(f"{fs.redact(url)}: cannot write {name}: {e}") from e
+        parts[name] = {"bytes": path.stat().st_size, "sha256": fs.sha256_file(path)}
+        fs.put_file(fs.join(url, name), path)
+        if not fs.is_local(url):
+            path.unlink()
     manifest = Manifest(FORMAT, VERSION, step, run_id, attempt, val_loss, parts)
     signed = {**asdict(manifest), "sha256": _manifest_hash(asdict(manifest))}
     fs.put_bytes(fs.join(url, MANIFEST), json.dumps(signed, indent=1).encode())
@@ -165,16 +166,20 @@ def load_newest(out: str, warn: Callable[[str], None]) -> Checkpoint | None:
 def load(out: str, manifest: Manifest) -> Checkpoint:
     """One step, every part proved against its sha256. Raises DataError naming the part that differs."""
     url = fs.join(out, manifest.name)
-    folder = Path(tempfile.mkdtemp(prefix="perennial-load-"))
+    folder = _staging(out)
     try:
         paths = {name: _proved(fs.join(url, name), manifest.parts[name], folder / name) for name in PARTS}
         tensors = {name: load_file(paths[name]) for name in TENSOR_PARTS}
-        state = json.loads(paths["state.json"].read_bytes())
-        return Checkpoint(manifest, tensors, state)
+        return Checkpoint(manifest, tensors, json.loads(paths["state.json"].read_bytes()))
     except (SafetensorError, ValueError) as e:
         raise DataError(f"{fs.redact(url)}: unreadable ({e})") from e
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _staging(out: str) -> Path:
+    """Where parts of a remote run lie on their way: one folder per run, so that a killed save leaves at most one state."""
+    return default_cache() / "staging" / hashlib.sha256(out.encode()).hexdigest()[:16]
 
 
 def _proved(url: str, part: dict[str, Any], copy: Path) -> Path:
