@@ -126,12 +126,15 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         print("stopped", file=sys.stderr)
         code = 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `| head` closed the pipe: not an error
-        code = 0
+        code = 0  # `| head` closed the pipe: not an error
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
             raise
         print(f"error: {e.filename or 'storage'}: {e.strerror}; make room or choose another folder, "
               "then run the same command again", file=sys.stderr)  # fmt: skip
         code = 2
+    try:
+        sys.stdout.flush()
+    except OSError:  # what it holds cannot be written: Python would try again at exit, and end with 120
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)

@@ -54,6 +54,7 @@ def main(argv: list[str] | None = None) -> int:
 
     title("1. A corpus of small conversations")
     if not corpus.exists():
+        folder.mkdir(parents=True, exist_ok=True)
         python("scripts/demo_corpus.py", "--output", corpus)
     print("\n".join(corpus.read_text("utf-8").split("\n")[:6]))
 

@@ -19,11 +19,13 @@ find_python() {
 }
 
 install_torch() {
-  # The plain name would pull gigabytes of CUDA libraries. "+cpu" can only match the CPU build, whatever index has it.
+  # The plain name would pull gigabytes of CUDA libraries. "+cpu" can only match the CPU build, whatever index has it;
+  # what torch itself needs comes with the requirements, from the usual index.
   if [ "$(uname -s)" = Linux ] && ! nvidia-smi >/dev/null 2>&1; then
-    "$PYTHON" -m pip install -q "torch==$TORCH+cpu" --extra-index-url https://download.pytorch.org/whl/cpu
+    "$PYTHON" -m pip install -qq --retries 1 --no-deps "torch==$TORCH+cpu" \
+      --extra-index-url https://download.pytorch.org/whl/cpu
   else
-    "$PYTHON" -m pip install -q "torch==$TORCH"
+    "$PYTHON" -m pip install -qq "torch==$TORCH"
   fi
 }
 
@@ -43,7 +45,7 @@ install() { # install FILE: its requirements, in the versions CI tests, unless t
   if [ ! -e "$stamp" ]; then
     echo "installing what $1 names (once, some minutes)"
     "$PYTHON" -c 'import torch' 2>/dev/null || install_torch
-    "$PYTHON" -m pip install -q -r "$1" -c constraints.txt
+    "$PYTHON" -m pip install -qq -r "$1" -c constraints.txt
     touch "$stamp"
   fi
 }

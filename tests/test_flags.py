@@ -169,7 +169,8 @@ def program(body: str, **options: object) -> subprocess.CompletedProcess[str]:
     """Run a program whose main() is `body`."""
     lines = "\n".join(f"    {line}" for line in body.splitlines())
     code = f"import os, sys, errno, signal\nfrom cli import flags\ndef main():\n{lines}\nflags.run(main)\n"
-    options = {"stdout": subprocess.PIPE, **options}
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    options = {"stdout": subprocess.PIPE, "env": env, **options}
     return subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=30, **options
     )

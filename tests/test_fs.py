@@ -402,25 +402,27 @@ def test_stream_survives_dropped_connections(gcs, monkeypatch):
 
 def test_the_first_name_goes_first(gcs, tmp_path):
     """delete_folder removes `first` first, so that an interrupted removal leaves no folder that looks complete."""
-    for name in ("a", "MANIFEST.json", "z"):
+    for name in ("a", "manifest.json", "z"):
         gcs.objects[f"b/step/{name}"] = b"1"
         fs.put_bytes(str(tmp_path / "step" / name), b"1")
-    fs.delete_folder("gs://b/step", first="MANIFEST.json")
-    assert [n for k, n in gcs.seen if k == "delete"] == ["b/step/MANIFEST.json", "b/step/a", "b/step/z"]
-    fs.delete_folder(str(tmp_path / "step"), first="MANIFEST.json")
+    fs.delete_folder("gs://b/step", first="manifest.json")
+    assert [n for k, n in gcs.seen if k == "delete"] == ["b/step/manifest.json", "b/step/a", "b/step/z"]
+    fs.delete_folder(str(tmp_path / "step"), first="manifest.json")
     assert not (tmp_path / "step").exists()
     fs.delete_folder(str(tmp_path / "step"))  # nothing there: nothing happens
 
 
 def test_listing_sees_what_others_wrote(gcs):
     """No listing is remembered: what another process writes or deletes shows at once."""
+    gcs.objects["b/a/x"] = b"1"
+    assert fs.list_folder("gs://b/a") == [fs.Entry("x", 1)]
+    gcs.objects["b/a/x"] = b"22"
+    assert fs.size("gs://b/a/x") == 2
+    del gcs.objects["b/a/x"]
+    assert not fs.exists("gs://b/a/x")
     assert fs.list_folder("gs://b/a") == []
     gcs.objects["b/a/x"] = b"1"
     assert fs.list_folder("gs://b/a") == [fs.Entry("x", 1)]
-    assert fs.exists("gs://b/a/x")
-    del gcs.objects["b/a/x"]
-    assert fs.list_folder("gs://b/a") == []
-    assert not fs.exists("gs://b/a/x")
 
 
 def test_plain_http(gcs, caplog):

@@ -330,6 +330,22 @@ def test_parts_of_a_damaged_shard(tmp_path):
         data.read(shard, 0, 10)
 
 
+def test_a_lying_seek_table_is_refused(tmp_path):
+    """Frame sizes that add up and yet are not the frames' own would shift every id after them."""
+    url, _ = make(tmp_path / "d")
+    data = TokenShards(url)
+    path, shard = Path(url) / data.shards[0].name, data.shards[0]
+    stored = bytearray(path.read_bytes())
+    n_frames = int.from_bytes(stored[-9:-5], "little")
+    for frame, shift in ((1, 8), (2, -8)):
+        at = len(stored) - 9 - 8 * (n_frames - frame) + 4
+        raw = int.from_bytes(stored[at : at + 4], "little")
+        stored[at : at + 4] = (raw + shift).to_bytes(4, "little")
+    path.write_bytes(stored)
+    with pytest.raises(DataError, match="train-00000"):
+        data.read(shard, 2_100, 2_110)
+
+
 def test_parts_of_a_truncated_raw_shard(tmp_path):
     url, _ = make(tmp_path / "d", level=None)
     data = TokenShards(url)
