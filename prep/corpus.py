@@ -20,8 +20,8 @@ import zstandard
 from cli.errors import UserError
 from store import fs
 
-TASK_BYTES = 16 << 20  # large enough that a task is ~0.3 s of work, small enough that two fit in any memory
-MAX_CHUNK_BYTES = 4 * TASK_BYTES  # a longer record is cut: nothing of unknown size is ever held in memory
+TASK_BYTES = 8 << 20  # two of these in work fit any memory; smaller ones only multiply files (12 GB: 1,500 tasks)
+MAX_CHUNK_BYTES = 8 * TASK_BYTES  # a longer record is cut: nothing of unknown size is ever held in memory
 PLAIN_DOCUMENT_BYTES = 16 << 10  # paragraphs of plain text are joined up to this: about four blocks of 1,024 tokens
 SNIFF_BYTES = 256 << 10
 
@@ -32,7 +32,6 @@ COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
 TEXT_SUFFIXES, JSON_SUFFIXES = (".txt", ".text", ".md"), (".jsonl", ".ndjson")
 LABEL = r"(?:user|human|assistant|bot|system)[ \t]*:"
 ROLE_OF = {"user": "user", "human": "user", "assistant": "assistant", "bot": "assistant", "system": "system"}
-TURN = re.compile(rf"^({LABEL})[ \t]*", re.IGNORECASE | re.MULTILINE)
 # the run of blanks is bounded so that a boundary can be found from a fixed distance before it
 BOUNDARY = {
     "chat": re.compile(rb"\n[ \t\r]{0,16}\n(?=" + LABEL.encode() + rb")", re.IGNORECASE),
@@ -108,7 +107,9 @@ def _inspect(url: str, size: int) -> Source:
     if suffix in JSON_SUFFIXES:
         return Source(url, size, compression, "jsonl", head_xxh3)
     blocks = [b for b in re.split(rb"\n[ \t\r]*\n", head) if b.strip()]
-    labelled = sum(bool(TURN.match(b[:64].decode(errors="replace").lstrip("\ufeff \t\r\n"))) for b in blocks)
+    labelled = sum(
+        role_and_text(b[:64].decode(errors="replace").lstrip("\ufeff \t\r\n"))[0] is not None for b in blocks
+    )
     kind = "chat" if labelled * 2 >= max(len(blocks), 1) else "plain"
     return Source(url, size, compression, kind, head_xxh3)
 
@@ -261,21 +262,33 @@ def _conversations(text: str) -> Iterator[Document]:
     """
     current: Document = []
     for block in _blocks(text.removeprefix("\ufeff")):
-        parts = TURN.split(block.strip())  # [before, label, text, label, text, …]
-        lead, labels, texts = parts[0].strip(), parts[1::2], parts[2::2]
-        if lead and not labels and current:
+        turns: list[tuple[str | None, list[str]]] = []
+        for line in block.strip().split("\n"):
+            role, said = role_and_text(line)
+            if role is not None or not turns:
+                turns.append((role, [said]))
+            else:
+                turns[-1][1].append(line)
+        document = [(role, "\n".join(lines).strip()) for role, lines in turns]
+        lead_role, lead = document[0]
+        if lead_role is None and len(document) == 1 and current:
             role, said = current[-1]
             current[-1] = (role, f"{said}\n\n{lead}")
             continue
+        if lead_role is None and len(document) > 1:
+            document[0] = ("assistant" if document[1][0] == "user" else "user", lead)
         if current:
             yield current
-        roles = [ROLE_OF[label.rstrip(": \t").lower()] for label in labels]
-        if lead:
-            other = {"user": "assistant", "assistant": "user", "system": "user"}
-            roles, texts = [other[roles[0]] if roles else None, *roles], [lead, *texts]
-        current = list(zip(roles, (t.strip() for t in texts), strict=True))
+        current = document
     if current:
         yield current
+
+
+def role_and_text(line: str) -> tuple[str | None, str]:
+    """("user", "Hi") for "User: Hi"; (None, the line) where no label begins it. Labels in any case."""
+    label, colon, rest = line.partition(":")
+    role = ROLE_OF.get(label.rstrip(" \t").lower()) if colon and len(label) < 16 else None
+    return (role, rest.lstrip(" \t")) if role else (None, line)
 
 
 def _passages(text: str) -> Iterator[Document]:
