@@ -4,7 +4,6 @@ Between passes, what is global (duplicates, sample, split, order) is decided fro
 """
 
 import functools
-import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -216,10 +215,8 @@ def shard_task(
         shard = Shard(**marker["shard"])
         if not fs.is_local(url) or fs.sha256_file(fs.local_path(url)) == shard.sha256:
             return shard
-    path = fs.local_path(url) if fs.is_local(url) else work / name
-    shard = merge.write_shard(plan, encoded, path, val_limit=val_limit, seed=seed, level=level)
-    fs.put_file(url, path)
-    if not fs.is_local(url):
-        os.unlink(path)
+    # made in the work folder, which goes when all is done: a killed writer must not leave its half in the dataset
+    shard = merge.write_shard(plan, encoded, work / name, val_limit=val_limit, seed=seed, level=level)
+    fs.move_file(url, work / name)
     parts.save_marker(marker_path, {"shard": vars(shard)}, [])
     return shard

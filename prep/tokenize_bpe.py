@@ -130,6 +130,7 @@ def build(
     report = make_report(cleaned, selection, shards)
     fs.put_bytes(fs.join(output, "tokenizer.json"), tokenizer.json_text.encode())
     fs.put_bytes(fs.join(output, "report.json"), json.dumps(report, indent=1, ensure_ascii=False).encode())
+    fs.delete_leftovers(output)
     write_metadata(
         output,
         shards,

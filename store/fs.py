@@ -386,10 +386,29 @@ def put_file(url: str, source: Path) -> None:
     _attempt(url, "write", work)
 
 
+def move_file(url: str, source: Path) -> None:
+    """Publish a finished local file under the name and give up the source: a rename where both are on one disk."""
+    if is_local(url):
+        target = local_path(url)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(source, target)
+            _fsync_folder(target.parent)
+            return
+        except OSError as e:
+            if e.errno != errno.EXDEV:
+                raise
+    put_file(url, source)
+    source.unlink()
+
+
 def _check_upload(fs: fsspec.AbstractFileSystem, path: str, url: str, n_bytes: int, md5: "hashlib._Hash") -> None:
     """Ask the store what it holds. A transient error makes the caller's retry start again from byte 0."""
     fs.invalidate_cache()
-    info = fs.info(path)
+    try:
+        info = fs.info(path)
+    except FileNotFoundError as e:  # gcsfs 2025.3 can end an upload without an object, and without an error
+        raise OSError(errno.EIO, "upload stored nothing", redact(url)) from e
     if info["size"] != n_bytes:
         raise OSError(errno.EIO, f"upload stored {info['size']} bytes of {n_bytes}", redact(url))
     told = info.get("md5Hash") or info.get("ETag", "").strip('"')
@@ -424,6 +443,13 @@ def delete_folder(url: str, *, first: str | None = None) -> None:
     if is_local(url):
         with contextlib.suppress(OSError):
             local_path(url).rmdir()
+
+
+def delete_leftovers(url: str) -> None:
+    """Remove what killed writers left directly in a folder: hidden files ending in .tmp."""
+    for entry in list_folder(url):
+        if entry.name.startswith(".") and entry.name.endswith(".tmp"):
+            delete(join(url, entry.name))
 
 
 def move_folder(source: str, target: str) -> None:

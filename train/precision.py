@@ -80,6 +80,9 @@ def choose_machine(device: str, precision: str, compile: str) -> Machine:
         raise UserError(f"--precision bf16: {torch.cuda.get_device_name()} has none; use fp16 or leave it to auto")
     if precision == "fp16" and kind == "cpu":
         raise UserError("--precision fp16: a CPU has no fast fp16; use bf16, fp32 or leave it to auto")
+    if compile == "on" and kind == "cpu" and torch.__version__.startswith("2.6."):
+        raise UserError("--compile on: torch 2.6 compiles wrong gradients of embeddings on a CPU (measured; 2.13 is right): "
+                        "use a newer torch, or leave it to auto")  # fmt: skip
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
     torch.set_float32_matmul_precision("high")  # TF32 for what stays fp32 on Ampere and later
     can_compile = kind == "cuda" and capability >= (7, 0) and importlib.util.find_spec("triton") is not None
