@@ -10,34 +10,21 @@ import contextlib
 import errno
 import hashlib
 import io
-import logging
 import os
 import re
 import secrets
 import shutil
-import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO
 
 import fsspec
-import tenacity
 
 from store.errors import DataError, NotFound, StoreError
+from store.retry import attempt, redact
 
-log = logging.getLogger(__name__)
-T = TypeVar("T")
-
-RETRY_FOR_S = float(os.environ.get("PERENNIAL_RETRY_FOR_S", "120"))  # gcsfs alone gives up after about 33 s
 COPY_BYTES = 4 << 20
-DRIVERS = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "s3a": "s3fs", "http": "aiohttp", "https": "aiohttp"}
-# Local faults that pass: a network mount that dropped or lagged. A full or read-only disk does not pass by waiting.
-TRANSIENT_ERRNOS = {
-    errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY, errno.EINTR,
-    errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED, errno.EPIPE, errno.ENETUNREACH, errno.EHOSTUNREACH,
-    socket.EAI_AGAIN,  # the name service does not answer: how a network outage looks; EAI_NONAME is a wrong name
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -66,77 +53,6 @@ def join(url: str, *names: str) -> str:
     return "/".join([url.rstrip("/"), *names])
 
 
-def redact(url: str) -> str:
-    """The URL without what may be a secret: user:password before the host, and the query (signed URLs)."""
-    return re.sub(r"^([\w+.-]+://)[^/?#]*@", r"\1", url).split("?", 1)[0] if "://" in url else url
-
-
-# ---- errors and retries ---------------------------------------------------------------------------------------------
-
-
-def is_transient(error: BaseException) -> bool:
-    """True where trying again may help: network faults, throttling, server errors; never a refusal or a full disk."""
-    if isinstance(
-        error, FileNotFoundError | PermissionError | FileExistsError | IsADirectoryError | NotADirectoryError
-    ):
-        return False
-    if isinstance(error, ValueError):  # aiohttp and requests call a malformed URL one
-        return False
-    status = getattr(error, "status", None) or getattr(error, "code", None)
-    if isinstance(status, int) and 400 <= status < 600:
-        return status in (408, 429) or (status >= 500 and status != 501)  # 501: this server never will
-    if isinstance(error, TimeoutError | ConnectionError):
-        return True
-    if isinstance(error, OSError):
-        # fsspec drivers raise bare OSErrors: "Forbidden: …" is an answer, the rest are faults
-        return error.errno in TRANSIENT_ERRNOS if error.errno else not str(error).startswith("Forbidden")
-    if type(error).__module__ == "google.auth.exceptions":  # the token could not be renewed for want of a network
-        return type(error).__name__ == "TransportError" or bool(getattr(error, "retryable", False))
-    return type(error).__module__.split(".")[0] in ("aiohttp", "requests", "urllib3")
-
-
-def _warn(state: tenacity.RetryCallState) -> None:
-    error = state.outcome.exception() if state.outcome else None
-    log.warning("storage: %s; trying again (attempt %d)", _one_line(error), state.attempt_number + 1)
-
-
-def _one_line(error: BaseException | None) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return re.sub(r"://[^/?#\s]*@", "://", re.sub(r"\?\S*", "", text))[:300]
-
-
-def _attempt(url: str, action: str, work: Callable[[], T]) -> T:
-    """Run `work`, again with backoff and jitter while the fault is transient; anything final is one StoreError."""
-    retrying = tenacity.Retrying(
-        retry=tenacity.retry_if_exception(is_transient),
-        wait=tenacity.wait_random_exponential(multiplier=0.5, max=20),
-        stop=tenacity.stop_after_delay(RETRY_FOR_S),
-        before_sleep=_warn,
-        reraise=True,
-    )
-    try:
-        return retrying(work)
-    except StoreError:
-        raise
-    except (FileNotFoundError, NotADirectoryError) as e:
-        if isinstance(e, NotADirectoryError) and action == "write":
-            raise StoreError(f"{redact(url)}: cannot write: a part of that path is a file") from e
-        raise NotFound(f"{redact(url)}: not found") from e
-    except ImportError as e:
-        package = DRIVERS.get(url.split("://")[0], "its fsspec driver")
-        raise StoreError(
-            f"{redact(url)}: this kind of URL needs a package that is missing: pip install {package}"
-        ) from e
-    except NotImplementedError as e:
-        raise StoreError(f"{redact(url)}: this storage cannot {action}") from e
-    except OSError as e:
-        if e.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StoreError(f"{redact(url)}: no space left; free some and run the same command again") from e
-        raise StoreError(f"{redact(url)}: cannot {action}: {e.strerror or _one_line(e)}") from e
-    except Exception as e:  # a driver's own exception types: still one line, the cause is chained for debugging
-        raise StoreError(f"{redact(url)}: cannot {action}: {_one_line(e)}") from e
-
-
 def _filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The filesystem object and its path. Made where it is used: gcsfs is not fork-safe, and listing caches lie."""
     protocol = url.split("://")[0] if "://" in url else "file"
@@ -163,7 +79,7 @@ def size(url: str) -> int | None:
         return None if info["type"] == "directory" else info["size"]
 
     try:
-        return _attempt(url, "look up", work)
+        return attempt(url, "look up", work)
     except NotFound:
         return None
 
@@ -177,7 +93,7 @@ def exists(url: str) -> bool:
         return True
 
     try:
-        return _attempt(url, "look up", work)
+        return attempt(url, "look up", work)
     except NotFound:
         return False
 
@@ -189,15 +105,15 @@ def read_bytes(url: str, start: int | None = None, stop: int | None = None) -> b
         fs, path = _filesystem(url)
         return fs.cat_file(path, start=start, end=stop)
 
-    return _attempt(url, "read", work)
+    return attempt(url, "read", work)
 
 
 def open_stream(url: str) -> BinaryIO:
     """A binary file for reading from front to back in bounded memory; a remote one survives dropped connections."""
     if is_local(url):
-        return _attempt(url, "open", lambda: open(local_path(url), "rb"))
+        return attempt(url, "open", lambda: open(local_path(url), "rb"))
     stream = _RemoteStream(url)
-    _attempt(url, "open", stream.connect)
+    attempt(url, "open", stream.connect)
     return io.BufferedReader(stream, COPY_BYTES)
 
 
@@ -238,7 +154,7 @@ class _RemoteStream(io.RawIOBase):
                 self.file = None
                 raise
 
-        data = _attempt(self.url, "read", work)
+        data = attempt(self.url, "read", work)
         buffer[: len(data)] = data
         self.at += len(data)
         return len(data)
@@ -264,7 +180,7 @@ def list_folder(url: str) -> list[Entry]:
         return [Entry(n, None if i["type"] == "directory" else i["size"]) for n, i in sorted(entries.items())]
 
     try:
-        return _attempt(url, "list", work)
+        return attempt(url, "list", work)
     except NotFound:
         return []
 
@@ -286,7 +202,7 @@ def find_files(url: str) -> list[tuple[str, int]]:
         names = {n if "://" in n else prefix + n: i for n, i in found.items() if i["type"] == "file"}
         return sorted((n, int(i["size"] or 0)) for n, i in names.items())
 
-    return _attempt(url, "read", work)
+    return attempt(url, "read", work)
 
 
 def sha256_file(path: Path) -> str:
@@ -316,7 +232,7 @@ def get_file(url: str, path: Path, *, sha256: str | None = None) -> None:
 
     for tries_left in (2, 1, 0):
         with contextlib.suppress(_Mismatch):
-            if _attempt(url, "fetch", lambda last=tries_left == 0: work(last)):
+            if attempt(url, "fetch", lambda last=tries_left == 0: work(last)):
                 return
 
 
@@ -364,7 +280,7 @@ def put_bytes(url: str, data: bytes) -> None:
         fs.pipe_file(path, data)
         _check_upload(fs, path, url, len(data), hashlib.md5(data, usedforsecurity=False))
 
-    _attempt(url, "write", work)
+    attempt(url, "write", work)
 
 
 def put_file(url: str, source: Path) -> None:
@@ -383,7 +299,7 @@ def put_file(url: str, source: Path) -> None:
             digest = hashlib.file_digest(f, lambda: hashlib.md5(usedforsecurity=False))
         _check_upload(fs, path, url, source.stat().st_size, digest)
 
-    _attempt(url, "write", work)
+    attempt(url, "write", work)
 
 
 def move_file(url: str, source: Path) -> None:
@@ -432,7 +348,7 @@ def delete(url: str) -> None:
             fs.rm_file(path)
 
     with contextlib.suppress(NotFound):
-        _attempt(url, "delete", work)
+        attempt(url, "delete", work)
 
 
 def delete_folder(url: str, *, first: str | None = None) -> None:
@@ -468,4 +384,4 @@ def move_folder(source: str, target: str) -> None:
         for name in names:
             fs.rm_file(f"{old.rstrip('/')}/{name}")
 
-    _attempt(source, "move", work)
+    attempt(source, "move", work)

@@ -16,7 +16,7 @@ import gcsfs.retry
 import google.auth.exceptions
 import pytest
 
-from store import fs
+from store import fs, retry
 from store.errors import DataError, NotFound, StoreError
 
 ROOT = Path(__file__).parent.parent
@@ -273,7 +273,7 @@ def status_error(status: int) -> aiohttp.ClientResponseError:
     ids=lambda v: type(v).__name__ if isinstance(v, BaseException) else str(v),
 )
 def test_what_is_worth_another_try(error, transient):
-    assert fs.is_transient(error) is transient
+    assert retry.is_transient(error) is transient
 
 
 # ---- a real object store over HTTP ----------------------------------------------------------------------------------
@@ -343,7 +343,7 @@ def test_refusal_is_one_line_at_once(gcs, tmp_path):
 
 def test_patience_is_bounded(gcs, monkeypatch):
     """When the fault stays, the time for retries ends it with one line; a damaged upload is never called good."""
-    monkeypatch.setattr(fs, "RETRY_FOR_S", 0.3)
+    monkeypatch.setattr(retry, "RETRY_FOR_S", 0.3)
     for fault, words in ((503, "fault on order"), ("flip", "other bytes than were sent"), ("truncate", "bytes of 10")):
         gcs.faults["upload"] = [fault] * 10_000
         started_s = time.monotonic()
@@ -393,7 +393,7 @@ def test_stream_survives_dropped_connections(gcs, monkeypatch):
         gcs.fail("read", 503, times=7)
         assert got + f.read() == gcs.objects["b/x"]
     assert gcs.requests("read") < 20  # megabytes at a time: gcsfs alone asks once for every read
-    monkeypatch.setattr(fs, "RETRY_FOR_S", 0.1)
+    monkeypatch.setattr(retry, "RETRY_FOR_S", 0.1)
     with fs.open_stream("gs://b/x") as f:
         gcs.fail("read", 503, times=10_000)
         with pytest.raises(StoreError, match=r"^gs://b/x: cannot read: "):

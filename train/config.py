@@ -86,6 +86,11 @@ class TrainConfig:
     save_every_minutes: float = flag(5.0, "minutes between checkpoints; 0: by steps only")
     keep: int = flag(2, "newest checkpoints to keep; the best by validation loss is kept too")
 
+    @property
+    def cache_folder(self) -> Path | None:
+        """The cache asked for, or None for this machine's usual one."""
+        return Path(self.cache).expanduser() if self.cache else None
+
 
 FREE = frozenset(
     [
@@ -111,6 +116,8 @@ FREE = frozenset(
         "keep",
     ]
 )
+# of these, what depends on the machine or on where things lie is not remembered: an A100's micro-batch would not fit a T4
+FORGOTTEN = ("data", "out", "resume", "micro_batch", "device", "precision", "compile", "loading", "cache")
 RUN_LENGTH = ("steps", "epochs", "tokens")
 
 # model -> (sequences per step, peak learning rate). The two GPT-2 sizes follow GPT-3's table 2.1 (Brown et al. 2020) at
@@ -192,10 +199,10 @@ def merge_resumed(stored: dict[str, Any], config: TrainConfig, given: frozenset[
     if given & set(RUN_LENGTH):
         values |= dict.fromkeys(RUN_LENGTH)
     values |= {name: getattr(config, name) for name in given & FREE}
-    values |= {"data": config.data, "out": config.out, "resume": config.resume}
+    values |= {name: getattr(config, name) for name in FORGOTTEN}
     return TrainConfig(**values)
 
 
 def stored_form(config: TrainConfig) -> dict[str, Any]:
-    """The settings as JSON-able values, for config.json and state.json; places on this machine are left out."""
-    return {k: v for k, v in asdict(config).items() if k not in ("data", "out", "resume", "cache")}
+    """The settings as JSON-able values, for config.json and state.json."""
+    return {k: v for k, v in asdict(config).items() if k not in FORGOTTEN}

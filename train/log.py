@@ -1,14 +1,24 @@
 """What a person sees while it trains, and metrics.jsonl: one line per step, every step once."""
 
+import math
+import resource
+import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cli.progress import count, duration
+from gpt import sample
+from gpt.model import GPTConfig, count_params
+from store import fs
+from train.config import TrainConfig
+from train.data import Data
 from train.folder import RunFolder
 from train.precision import Machine
+from train.state import State
 
 
 class TrainLog:
@@ -45,6 +55,8 @@ class TrainLog:
 
     def finite(self, scaled: bool) -> bool:
         """False when a waiting loss or gradient is not a number (a scaled fp16 gradient may be: its step is skipped)."""
+        if not self.waiting:
+            return True
         losses = torch.stack([loss for _, _, loss, _ in self.waiting])
         norms = torch.stack([norm for _, _, _, norm in self.waiting])
         return bool(losses.isfinite().all() and (scaled or norms.isfinite().all()))
@@ -94,3 +106,62 @@ class _Pause:
 
     def __exit__(self, *error: Any) -> None:
         self.log.paused_s += time.monotonic() - self.start_s
+
+
+def describe(
+    config: TrainConfig, shape: GPTConfig, machine: Machine, data: Data, folder: RunFolder, state: State, total: int
+) -> None:
+    """The lines before the loop: what is trained on what, where, for how long."""
+    mine, other = ("tied", "untied") if shape.tied else ("untied", "tied")
+    millions = {name: n / 1e6 for name, n in count_params(shape).items()}
+    n_train, n_val = sum(map(len, data.train)), sum(map(len, data.val))
+    tokens = total * config.batch * config.block_size
+    print(f"model      {config.model}: {shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd} wide, "
+          f"{millions[mine]:.1f} M parameters ({mine}; {other} {millions[other]:.1f} M)")  # fmt: skip
+    print(
+        f"data       {fs.redact(config.data)}: {n_train:,} train and {n_val:,} val tokens, vocabulary {shape.vocab_size}"
+    )
+    print(f"run        {total} steps of {config.batch} x {config.block_size} tokens = {count(tokens)} tokens, "
+          f"{tokens / n_train:.2f} epochs; micro-batch {config.micro_batch}; peak lr {config.lr:g}, {config.schedule}")  # fmt: skip
+    print(f"machine    {machine.name}, {machine.precision}, torch {torch.__version__}, compile "
+          f"{'on' if machine.compile else 'off'}, {torch.get_num_threads()} threads")  # fmt: skip
+    begin = f"goes on from step {state.step}" if state.step else "starts"
+    print(f"out        {fs.redact(folder.url)}: run {folder.run_id}, attempt {folder.attempt}, {begin}", flush=True)
+
+
+def show_samples(
+    config: TrainConfig, state: State, data: Data, folder: RunFolder, machine: Machine, stop: Callable[[], bool]
+) -> None:
+    """Continue the fixed prompts, as chat where the data is chat; never touches the training's random state."""
+    if stop() or not config.prompts:
+        return
+    chat = data.tokens.metadata.get("counts", {}).get("chat", 0) > 0
+    tokenizer = data.tokenizer
+    prompts = [
+        tokenizer.render([("user", p)], reply=True) if chat else [tokenizer.end_of_text, *tokenizer.encode(p)]
+        for p in config.prompts
+    ]
+    with machine.autocast():
+        replies = sample.generate(
+            state.model, prompts, max_tokens=48, temperature=0.8, top_k=50, seed=config.seed + state.step,
+            stop_ids=(tokenizer.end_of_turn, tokenizer.end_of_text),
+        )  # fmt: skip
+    texts = [tokenizer.decode(r, skip_special=True) for r in replies]
+    lines = [f"sample     {p} -> {' '.join(t.split())}" for p, t in zip(config.prompts, texts, strict=True)]
+    print("\n".join(lines), flush=True)
+    folder.sample(state.step, "\n".join(lines) + "\n")
+
+
+def summarize(config: TrainConfig, state: State, machine: Machine, log: TrainLog, total: int) -> None:
+    """The closing lines."""
+    peak = machine.peak_memory_bytes()
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    memory = f"{count(peak)}B GPU, " if peak else ""
+    val = (
+        f"val loss {state.val_loss:.4f} (perplexity {math.exp(min(state.val_loss, 50)):.1f}), "
+        if state.val_loss
+        else ""
+    )
+    print(f"finished   {total} steps, {count(total * log.tokens_per_step)} tokens in {duration(log.elapsed_s)}; {val}"
+          f"peak memory {memory}{count(host)}B host")  # fmt: skip
+    print(f"next       python scripts/chat.py --run {fs.redact(config.out)}", flush=True)

@@ -1,4 +1,4 @@
-"""What the machine can do: device, number format, compilation, peak speed."""
+"""What the machine can do: device, number format, compilation, peak speed, sequences at once."""
 
 import contextlib
 import importlib.util
@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from cli.errors import UserError
+from gpt.model import GPTConfig, count_params
+from train.config import TrainConfig
 
 # dense bf16/fp16 tensor-core peaks in FLOP/s, from the vendors' data sheets, by a part of the device name
 PEAK_FLOPS = {
@@ -87,3 +89,19 @@ def choose_machine(device: str, precision: str, compile: str) -> Machine:
     torch.set_float32_matmul_precision("high")  # TF32 for what stays fp32 on Ampere and later
     can_compile = kind == "cuda" and capability >= (7, 0) and importlib.util.find_spec("triton") is not None
     return Machine(torch.device(device), dtype, compile == "on" or (compile == "auto" and can_compile))
+
+
+def choose_micro_batch(config: TrainConfig, shape: GPTConfig, machine: Machine) -> int:
+    """Sequences per forward pass: as told, else what an estimate of activation memory allows, at most the batch."""
+    if config.micro_batch:
+        return min(config.micro_batch, config.batch)
+    if machine.device.type == "cuda":
+        params = count_params(shape)["tied" if shape.tied else "untied"]
+        free = torch.cuda.get_device_properties(machine.device).total_memory * 0.8 - 18 * params
+        # Megatron's 34 bytes per token, layer and width (Korthikanti et al. 2022, attention fused), and the head's chunk
+        per_token = 34 * shape.n_layer * shape.n_embd + 8 * shape.n_embd
+        fits = int(free / (per_token * shape.block_size))
+    else:
+        fits = 8192 // shape.block_size  # beyond this a CPU only loses cache
+    fits = max(1, min(fits, config.batch))
+    return next(m for m in range(fits, 0, -1) if config.batch % m == 0)

@@ -12,60 +12,27 @@ if __name__ == "__main__":  # Python put this file's folder first in sys.path: t
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import dataclasses
-import math
-import resource
 import time
-from dataclasses import asdict, dataclass
-from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from cli import flags
 from cli.errors import UserError
-from cli.progress import Meter, count, duration
-from gpt import sample
-from gpt.model import GPT, GPTConfig, count_params
-from gpt.tokenizer import Tokenizer
-from store import fs
 from store.errors import StoreError
-from store.shards import TokenShards, choose_preload
 from train import checkpoint
 from train import config as settings
 from train.batches import Batches, validation_windows
 from train.config import TrainConfig
+from train.data import Data, open_data, same_data
 from train.folder import RunFolder
-from train.log import TrainLog
-from train.optim import load_optimizer_tensors, make_adamw, optimizer_tensors
-from train.precision import Machine, choose_machine
+from train.log import TrainLog, describe, show_samples, summarize
+from train.precision import Machine, choose_machine, choose_micro_batch
 from train.preempt import STOPPED, StopSignal
 from train.schedule import learning_rate
+from train.state import State, new_state, restore, save_state
 from train.step import to_device, train_step, validation_loss
 
 DIVERGED = 3  # exit code: the loss or gradient is no longer a number; the last good checkpoint is intact
-
-
-@dataclass
-class Data:
-    """A verified dataset in memory or memory-mapped."""
-
-    tokens: TokenShards
-    tokenizer: Tokenizer
-    train: list[np.ndarray]
-    val: list[np.ndarray]
-
-
-@dataclass
-class State:
-    """All that changes while training: what a checkpoint holds."""
-
-    model: GPT
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    step: int = 0  # optimizer steps done
-    elapsed_s: float = 0.0  # of all attempts
-    val_loss: float | None = None  # the last one measured
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -75,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     settings.check(config)
     config = settings.with_places(config)
 
-    folder = RunFolder(config.out, cache_folder(config))
+    folder = RunFolder(config.out, config.cache_folder)
     found = checkpoint.load_newest(config.out, warn) if folder.is_a_run(resume=config.resume) else None
     if found:
         config = settings.merge_resumed(found.state["config"], config, given)
@@ -163,94 +130,37 @@ def train(
             with log.pause():
                 try:
                     save()
-                except (
-                    StoreError
-                ) as e:  # storage may come back; training must not stop for it, only the last save must hold
+                except StoreError as e:
                     if last:
                         raise
+                    # storage may come back: only the last save must hold, training does not stop for the others
                     warn(f"checkpoint at step {state.step} failed, training goes on: {e}")
                     folder.event("save_failed", step=state.step, error=str(e))
                     saved_s = time.monotonic()
 
+    stopped = state.step < total and stop()
+    if stopped and not log.finite(state.scaler.is_enabled()):
+        diverged = True
     if diverged:
         folder.event("diverged", step=state.step)
-        print(f"error: the loss or gradient is not a number at step {state.step}: the newest checkpoint is step {saved_step}; "
+        kept = f"the newest checkpoint is step {saved_step}" if saved_step else "nothing was saved yet"
+        print(f"error: the loss or gradient is not a number at step {state.step}; {kept}: "
               f"start a new run with a lower --lr than {config.lr:g}", file=sys.stderr)  # fmt: skip
         return DIVERGED
-    if stop():
+    if stopped:
         log.flush()
         if state.step > saved_step:
             save()
         folder.event("stopped", step=state.step, signal=stop.name)
         folder.publish()
         print(
-            f"stopped by {stop.name} after step {state.step} of {total}, saved; the same command with --resume goes on"
+            f"stopped by {stop.name} after step {state.step} of {total}; the same command with --resume goes on from there"
         )
         return STOPPED
     folder.event("finished", step=state.step)
     folder.publish()
     summarize(config, state, machine, log, total)
     return 0
-
-
-# ---- beginning ------------------------------------------------------------------------------------------------------
-
-
-def open_data(config: TrainConfig) -> Data:
-    """The dataset, every byte verified, its shards in memory or mapped."""
-    if not fs.exists(fs.join(config.data, "metadata.json")) and not config.data.startswith("-"):
-        raise UserError(f"{fs.redact(config.data)}: no token dataset there (no metadata.json): make one with "
-                        "`python prep/tokenize_bpe.py --input corpus.txt --compress`, and name it with --data")  # fmt: skip
-    tokens = TokenShards(config.data, cache=cache_folder(config) / "shards" if config.cache else None)
-    tokenizer = Tokenizer(tokens.tokenizer_json())
-    if tokenizer.vocab_size != tokens.vocab_size:
-        raise UserError(f"{fs.redact(config.data)}: tokenizer.json has {tokenizer.vocab_size} ids, metadata.json says "
-                        f"{tokens.vocab_size}: re-run prep")  # fmt: skip
-    tokens.check_sizes()
-    raw_bytes = sum(s.tokens for s in tokens.shards) * tokens.dtype.itemsize
-    preload = choose_preload(config.loading, raw_bytes)
-    arrays: dict[str, list[np.ndarray]] = {"train": [], "val": []}
-    with Meter("load data", raw_bytes, "B") as meter:
-        for shard in tokens.shards:
-            arrays[shard.split].append(tokens.load(shard, preload=preload))
-            meter.add(shard.tokens * tokens.dtype.itemsize, shard.name)
-    return Data(tokens, tokenizer, arrays["train"], arrays["val"])
-
-
-def same_data(stored: dict[str, Any], tokens: TokenShards) -> None:
-    """Refuse to go on with another dataset than the checkpoint's: its order of tokens would mean nothing here."""
-    if stored["data"]["vocab_size"] != tokens.vocab_size:
-        raise UserError(f"{fs.redact(tokens.url)}: has a vocabulary of {tokens.vocab_size}, the checkpoint one of "
-                        f"{stored['data']['vocab_size']}: give the data it was trained on, or another --out")  # fmt: skip
-    if stored["data"]["fingerprint"] != tokens.fingerprint:
-        raise UserError(f"{fs.redact(tokens.url)}: is not the dataset this run was trained on (metadata.json differs): "
-                        "give that one, or another --out")  # fmt: skip
-
-
-def new_state(config: TrainConfig, shape: GPTConfig, machine: Machine) -> State:
-    """Fresh weights, the same on every machine for one seed: they are drawn on the CPU."""
-    model = GPT(shape).to(machine.device)
-    optimizer = make_adamw(
-        model, lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay,
-        device_type=machine.device.type,
-    )  # fmt: skip
-    return State(model, optimizer, machine.grad_scaler())
-
-
-def choose_micro_batch(config: TrainConfig, shape: GPTConfig, machine: Machine) -> int:
-    """Sequences per forward pass: as told, else what an estimate of activation memory allows, at most the batch."""
-    if config.micro_batch:
-        return min(config.micro_batch, config.batch)
-    if machine.device.type == "cuda":
-        params = count_params(shape)["tied" if shape.tied else "untied"]
-        free = torch.cuda.get_device_properties(machine.device).total_memory * 0.8 - 18 * params
-        # Megatron's 34 bytes per token, layer and width (Korthikanti et al. 2022, attention fused), and the head's chunk
-        per_token = 34 * shape.n_layer * shape.n_embd + 8 * shape.n_embd
-        fits = int(free / (per_token * shape.block_size))
-    else:
-        fits = 8192 // shape.block_size  # beyond this a CPU only loses cache
-    fits = max(1, min(fits, config.batch))
-    return next(m for m in range(fits, 0, -1) if config.batch % m == 0)
 
 
 def rate(config: TrainConfig, step: int, total: int) -> float:
@@ -271,131 +181,9 @@ def minutes_passed(since_s: float, minutes: float) -> bool:
     return minutes > 0 and time.monotonic() - since_s >= 60 * minutes
 
 
-def cache_folder(config: TrainConfig) -> Path | None:
-    """The cache asked for, or None for this machine's usual one."""
-    return Path(config.cache).expanduser() if config.cache else None
-
-
 def warn(message: str) -> None:
     """One line on stderr."""
     print(f"warning: {message}", file=sys.stderr, flush=True)
-
-
-# ---- checkpoints ----------------------------------------------------------------------------------------------------
-
-
-def save_state(config: TrainConfig, state: State, data: Data, folder: RunFolder) -> None:
-    """Commit the state as a checkpoint, mirror the logs before it, and thin out older ones."""
-    start_s = time.monotonic()
-    folder.publish()
-    manifest = checkpoint.save(
-        folder.url,
-        step=state.step,
-        run_id=folder.run_id,
-        attempt=folder.attempt,
-        val_loss=state.val_loss,
-        tensors={
-            "model.safetensors": state.model.state_dict(),
-            "optimizer.safetensors": optimizer_tensors(state.model, state.optimizer),
-            "rng.safetensors": rng_tensors(),
-        },
-        state={
-            "step": state.step,
-            "tokens": state.step * config.batch * config.block_size,
-            "elapsed_s": state.elapsed_s,
-            "val_loss": state.val_loss,
-            "scaler": state.scaler.state_dict(),
-            "config": settings.stored_form(config),
-            "model": asdict(state.model.config),
-            "data": {"fingerprint": data.tokens.fingerprint, "vocab_size": data.tokens.vocab_size},
-            "torch": torch.__version__,
-        },
-    )
-    checkpoint.retain(folder.url, config.keep)
-    n_bytes = sum(p["bytes"] for p in manifest.parts.values())
-    folder.event("saved", step=state.step, bytes=n_bytes, seconds=round(time.monotonic() - start_s, 3))
-    print(f"saved      {fs.redact(fs.join(folder.url, manifest.name))} ({count(n_bytes)}B)", flush=True)
-
-
-def restore(state: State, found: checkpoint.Checkpoint) -> None:
-    """Put a verified checkpoint into a fresh state of the same shape."""
-    state.model.load_state_dict(found.tensors["model.safetensors"])
-    load_optimizer_tensors(state.model, state.optimizer, found.tensors["optimizer.safetensors"])
-    if state.scaler.is_enabled() and found.state["scaler"]:
-        state.scaler.load_state_dict(found.state["scaler"])
-    state.step, state.elapsed_s = found.state["step"], found.state["elapsed_s"]
-    state.val_loss = found.state["val_loss"]
-    rng = found.tensors["rng.safetensors"]
-    torch.set_rng_state(rng["cpu"])
-    if "cuda" in rng and torch.cuda.is_available():
-        torch.cuda.set_rng_state(rng["cuda"])
-
-
-def rng_tensors() -> dict[str, Tensor]:
-    """The random state that dropout draws from."""
-    return {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
-
-
-# ---- what a person sees ---------------------------------------------------------------------------------------------
-
-
-def describe(
-    config: TrainConfig, shape: GPTConfig, machine: Machine, data: Data, folder: RunFolder, state: State, total: int
-) -> None:
-    """The lines before the loop: what is trained on what, where, for how long."""
-    mine, other = ("tied", "untied") if shape.tied else ("untied", "tied")
-    millions = {name: n / 1e6 for name, n in count_params(shape).items()}
-    n_train, n_val = sum(map(len, data.train)), sum(map(len, data.val))
-    tokens = total * config.batch * config.block_size
-    print(f"model      {config.model}: {shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd} wide, "
-          f"{millions[mine]:.1f} M parameters ({mine}; {other} {millions[other]:.1f} M)")  # fmt: skip
-    print(
-        f"data       {fs.redact(config.data)}: {n_train:,} train and {n_val:,} val tokens, vocabulary {shape.vocab_size}"
-    )
-    print(f"run        {total} steps of {config.batch} x {config.block_size} tokens = {count(tokens)} tokens, "
-          f"{tokens / n_train:.2f} epochs; micro-batch {config.micro_batch}; peak lr {config.lr:g}, {config.schedule}")  # fmt: skip
-    print(f"machine    {machine.name}, {machine.precision}, torch {torch.__version__}, compile "
-          f"{'on' if machine.compile else 'off'}, {torch.get_num_threads()} threads")  # fmt: skip
-    begin = f"goes on from step {state.step}" if state.step else "starts"
-    print(f"out        {fs.redact(folder.url)}: run {folder.run_id}, attempt {folder.attempt}, {begin}", flush=True)
-
-
-def show_samples(
-    config: TrainConfig, state: State, data: Data, folder: RunFolder, machine: Machine, stop: StopSignal
-) -> None:
-    """Continue the fixed prompts, as chat where the data is chat; never touches the training's random state."""
-    if stop() or not config.prompts:
-        return
-    chat = data.tokens.metadata.get("counts", {}).get("chat", 0) > 0
-    tokenizer = data.tokenizer
-    prompts = [
-        tokenizer.render([("user", p)], reply=True) if chat else [tokenizer.end_of_text, *tokenizer.encode(p)]
-        for p in config.prompts
-    ]
-    with machine.autocast():
-        replies = sample.generate(
-            state.model, prompts, max_tokens=48, temperature=0.8, top_k=50, seed=config.seed + state.step,
-            stop_ids=(tokenizer.end_of_turn, tokenizer.end_of_text),
-        )  # fmt: skip
-    texts = [tokenizer.decode(r, skip_special=True) for r in replies]
-    lines = [f"sample     {p} -> {' '.join(t.split())}" for p, t in zip(config.prompts, texts, strict=True)]
-    print("\n".join(lines), flush=True)
-    folder.sample(state.step, "\n".join(lines) + "\n")
-
-
-def summarize(config: TrainConfig, state: State, machine: Machine, log: TrainLog, total: int) -> None:
-    """The closing lines."""
-    peak = machine.peak_memory_bytes()
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    memory = f"{count(peak)}B GPU, " if peak else ""
-    val = (
-        f"val loss {state.val_loss:.4f} (perplexity {math.exp(min(state.val_loss, 50)):.1f}), "
-        if state.val_loss
-        else ""
-    )
-    print(f"finished   {total} steps, {count(total * log.tokens_per_step)} tokens in {duration(log.elapsed_s)}; {val}"
-          f"peak memory {memory}{count(host)}B host")  # fmt: skip
-    print(f"next       python scripts/chat.py --run {fs.redact(config.out)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,54 @@
+"""The dataset a run trains on: opened, verified, in memory or memory-mapped."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cli.errors import UserError
+from cli.progress import Meter
+from gpt.tokenizer import Tokenizer
+from store import fs
+from store.shards import TokenShards, choose_preload
+from train.config import TrainConfig
+
+
+@dataclass
+class Data:
+    """A verified dataset in memory or memory-mapped."""
+
+    tokens: TokenShards
+    tokenizer: Tokenizer
+    train: list[np.ndarray]
+    val: list[np.ndarray]
+
+
+def open_data(config: TrainConfig) -> Data:
+    """The dataset, every byte verified, its shards in memory or mapped."""
+    if not fs.exists(fs.join(config.data, "metadata.json")) and not config.data.startswith("-"):
+        raise UserError(f"{fs.redact(config.data)}: no token dataset there (no metadata.json): make one with "
+                        "`python prep/tokenize_bpe.py --input corpus.txt --compress`, and name it with --data")  # fmt: skip
+    tokens = TokenShards(config.data, cache=config.cache_folder)
+    tokenizer = Tokenizer(tokens.tokenizer_json())
+    if tokenizer.vocab_size != tokens.vocab_size:
+        raise UserError(f"{fs.redact(config.data)}: tokenizer.json has {tokenizer.vocab_size} ids, metadata.json says "
+                        f"{tokens.vocab_size}: re-run prep")  # fmt: skip
+    tokens.check_sizes()
+    raw_bytes = sum(s.tokens for s in tokens.shards) * tokens.dtype.itemsize
+    preload = choose_preload(config.loading, raw_bytes)
+    arrays: dict[str, list[np.ndarray]] = {"train": [], "val": []}
+    with Meter("load data", raw_bytes, "B") as meter:
+        for shard in tokens.shards:
+            arrays[shard.split].append(tokens.load(shard, preload=preload))
+            meter.add(shard.tokens * tokens.dtype.itemsize, shard.name)
+    return Data(tokens, tokenizer, arrays["train"], arrays["val"])
+
+
+def same_data(stored: dict[str, Any], tokens: TokenShards) -> None:
+    """Refuse to go on with another dataset than the checkpoint's: its order of tokens would mean nothing here."""
+    if stored["data"]["vocab_size"] != tokens.vocab_size:
+        raise UserError(f"{fs.redact(tokens.url)}: has a vocabulary of {tokens.vocab_size}, the checkpoint one of "
+                        f"{stored['data']['vocab_size']}: give the data it was trained on, or another --out")  # fmt: skip
+    if stored["data"]["fingerprint"] != tokens.fingerprint:
+        raise UserError(f"{fs.redact(tokens.url)}: is not the dataset this run was trained on (metadata.json differs): "
+                        "give that one, or another --out")  # fmt: skip
