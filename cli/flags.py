@@ -115,6 +115,7 @@ def _named(convert: Callable[[str], Any], hint: type) -> Callable[[str], Any]:
 
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Run a program's `main` and exit: 0 or its own code; 2 with one line for what a user can set right."""
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it prints tracebacks of faults that store.retry deals with
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
         code = main() or 0

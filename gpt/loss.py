@@ -30,6 +30,7 @@ from torch import Tensor
 from gpt.errors import GPTError
 
 IGNORE_INDEX = -100
+MOST_CHUNKS = 16
 CHUNK_LOGITS = 2**25  # 1,024 rows of a 32k vocabulary, 128 MiB in float32
 
 
@@ -84,6 +85,10 @@ def _loss_and_grads(
     dweight = torch.zeros(weight.shape, dtype=wide, device=x.device) if grads else None
     total, dx = torch.zeros((), dtype=wide, device=x.device), []
     rows = max(64, CHUNK_LOGITS // weight.shape[0] // 64 * 64)  # whole matmul tiles
+    if dtype == torch.float16:
+        rows = min(rows, 4096)  # a float16 matmul over more rows can sum past 65,504 for a target that is very common
+    # torch.compile unrolls the loop: 128 chunks took it 209 s on a CPU, 4 took 15
+    rows = max(rows, -(-x.shape[0] // MOST_CHUNKS))
     for x_rows, target_rows in zip(x.to(dtype).split(rows), targets.split(rows), strict=True):
         loss_rows, dx_rows = _rows_loss_and_grads(x_rows, w, target_rows, dweight)
         total += loss_rows

@@ -21,12 +21,16 @@ RULES: dict[str, tuple[str, ...]] = {
 _CONTROLS = bytes([*range(9), 11, 12, *range(14, 32), 127])
 _NOT_LETTERS = bytes(c for c in range(128) if not chr(c).isalpha())  # every byte of a non-ASCII character counts
 _ODD = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\u00ad\u200b\u2060\ufeff\ufff9-\ufffb]")
-_TAG = re.compile(r"</?(?:a|b|i|u|p|br|div|span|em|strong|ul|ol|li|code|pre|font|table|tr|td|h[1-6]|img)\b[^<>]{0,400}>",
-                  re.IGNORECASE)  # fmt: skip
+_TAG_NAMES = "a|b|i|u|p|br|div|span|em|strong|ul|ol|li|code|pre|font|table|tr|td|h[1-6]|img"
+# attributes need a value: "a<b and c>d" is arithmetic
+_ATTRIBUTE = r"""\s+[\w-]+\s*=\s*(?:"[^"<>]*"|'[^'<>]*'|[^\s"'<>]+)"""
+_TAG = re.compile(rf"</?(?:{_TAG_NAMES})(?:{_ATTRIBUTE}){{0,20}}\s*/?>", re.IGNORECASE)
 _BREAK = re.compile(r"<(?:br|/p|/div|/li|/tr)\s*/?>", re.IGNORECASE)
 _ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,30});")
 _ODD_BLANKS = "\u00a0\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u3000"
-_BLANKS = re.compile(f"[ \t{_ODD_BLANKS}]+")
+_ODD_BLANK = re.compile(f"[{_ODD_BLANKS}]")
+_BLANKS = re.compile(r"(?<=\S)[ \t]+")  # not at the beginning of a line: there they are a poem's or a program's
+_LINE_END = re.compile(r"[ \t]+\n")
 _SIGNS = bytes(c for c in range(33, 127) if not chr(c).isalnum())
 _RUN = re.compile("([" + re.escape(_SIGNS.decode()) + r"])\1{9,}")
 _IS_SIGN = bytes(c in _SIGNS for c in range(256))  # a table for bytes.translate
@@ -74,11 +78,16 @@ def _character(entity: re.Match[str]) -> str:
 
 
 def spaces(text: str) -> str:
-    """One space between words, none at line ends, at most one empty line, none around the whole."""
-    if "  " in text or "\t" in text or (not text.isascii() and any(b in text for b in _ODD_BLANKS)):
+    """One plain space between words, none at line ends, at most one empty line, none around the whole.
+
+    Blanks that begin a line stay: they carry the meaning of code and lists.
+    """
+    if not text.isascii() and any(b in text for b in _ODD_BLANKS):
+        text = _ODD_BLANK.sub(" ", text)
+    if "  " in text or "\t" in text:
         text = _BLANKS.sub(" ", text)
-    if " \n" in text or "\n " in text:
-        text = text.replace(" \n", "\n").replace("\n ", "\n")
+    if " \n" in text or "\t\n" in text:
+        text = _LINE_END.sub("\n", text)
     while "\n\n\n" in text:
         text = text.replace("\n\n\n", "\n\n")
     return text.strip()
@@ -105,7 +114,7 @@ CLEANERS: dict[str, Callable[[str], str]] = {
 
 
 def clean(text: str, rules: tuple[str, ...]) -> str:
-    """The text after the rules of a set, in the set's order. clean(clean(x)) == clean(x) for clean input."""
+    """The text after the rules of a set, in the set's order."""
     for rule in rules:
         if rule in CLEANERS:
             text = CLEANERS[rule](text)
@@ -115,8 +124,10 @@ def clean(text: str, rules: tuple[str, ...]) -> str:
 def clean_turns(turns: list[str], rules: tuple[str, ...]) -> list[str]:
     """`clean` of each turn of a conversation."""
     joined = "\n\n".join(turns)  # white space at either end of a turn then stands where `spaces` removes it
-    # text that is clean as a whole is clean in every line: most conversations take one pass instead of one per turn
-    return turns if clean(joined, rules) == joined else [clean(t, rules) for t in turns]
+    # text that is clean as a whole is clean in every turn, but for blanks at a turn's beginning: most conversations take
+    # one pass instead of one per turn
+    whole = clean(joined, rules) == joined and "\n\n " not in joined and "\n\n\t" not in joined
+    return turns if whole else [clean(t, rules) for t in turns]
 
 
 def drop_reason(turns: list[str], rules: tuple[str, ...]) -> str | None:

@@ -30,11 +30,11 @@ Document = list[tuple[str | None, str]]  # turns of (role, text); role None is p
 
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
 TEXT_SUFFIXES, JSON_SUFFIXES = (".txt", ".text", ".md"), (".jsonl", ".ndjson")
-LABEL = r"(?:user|human|assistant|bot|system)[ \t]*:"
 ROLE_OF = {"user": "user", "human": "user", "assistant": "assistant", "bot": "assistant", "system": "system"}
 # the run of blanks is bounded so that a boundary can be found from a fixed distance before it
 BOUNDARY = {
-    "chat": re.compile(rb"\n[ \t\r]{0,16}\n(?=" + LABEL.encode() + rb")", re.IGNORECASE),
+    # not before an assistant's label: an answer may stand an empty line below its question
+    "chat": re.compile(rb"\n[ \t\r]{0,16}\n(?=(?:user|human|system)[ \t]*:)", re.IGNORECASE),
     "plain": re.compile(rb"\n[ \t\r]{0,16}\n"),
     "jsonl": re.compile(rb"\n"),
 }
@@ -54,12 +54,13 @@ class Source:
 
 @dataclass(frozen=True)
 class Task:
-    """Bytes [start, stop) of a source; a compressed source has one task, stop being its stored size."""
+    """Bytes [start, stop) of a source. A compressed source has one task, of at most `limit` unpacked bytes."""
 
     index: int
     source: Source
     start: int
     stop: int
+    limit: int | None = None
 
 
 # ---- planning -------------------------------------------------------------------------------------------------------
@@ -115,14 +116,15 @@ def _inspect(url: str, size: int) -> Source:
 
 
 def plan(sources: list[Source], limit: int | None = None) -> list[Task]:
-    """Cut sources into tasks, in order; `limit` stops after that many stored bytes, for a trial."""
+    """Cut sources into tasks, in order; `limit` stops after about that many bytes of text, for a trial."""
     tasks: list[Task] = []
     left = limit if limit is not None else sum(s.size for s in sources)
     for source in sources:
         size = min(source.size, left)
-        step = TASK_BYTES if source.compression is None else source.size
+        step = TASK_BYTES if source.compression is None else max(source.size, 1)
         for start in range(0, size, step):
-            tasks.append(Task(len(tasks), source, start, min(start + step, size)))
+            unpacked = left if limit is not None and source.compression else None
+            tasks.append(Task(len(tasks), source, start, min(start + step, size), unpacked))
         left -= size
     return tasks
 
@@ -188,7 +190,7 @@ def read_chunks(task: Task) -> Iterator[bytes]:
     source, boundary = task.source, BOUNDARY[task.source.kind]
     with _open(source.url, source.compression) as f:
         if source.compression:
-            yield from _stream_chunks(f, source.url, boundary)
+            yield from _stream_chunks(f, source.url, boundary, task.limit)
             return
         first = _record_start(f, task.start, source, boundary)
         last = _record_start(f, task.stop, source, boundary)
@@ -220,10 +222,11 @@ def _record_start(f: BinaryIO, at: int, source: Source, boundary: re.Pattern[byt
         buffer = buffer[-LOOKAROUND:]
 
 
-def _stream_chunks(f: BinaryIO, url: str, boundary: re.Pattern[bytes]) -> Iterator[bytes]:
-    buffer = b""
+def _stream_chunks(f: BinaryIO, url: str, boundary: re.Pattern[bytes], limit: int | None) -> Iterator[bytes]:
+    buffer, left = b"", limit if limit is not None else 1 << 62
     while True:
-        piece = _read_up_to(f, TASK_BYTES, url)
+        piece = _read_up_to(f, min(TASK_BYTES, left), url)
+        left -= len(piece)
         buffer += piece
         if not piece:
             break
@@ -240,6 +243,7 @@ def _stream_chunks(f: BinaryIO, url: str, boundary: re.Pattern[bytes]) -> Iterat
 
 def documents(text: str, kind: Kind) -> Iterator[Document | str]:
     """The documents of a chunk's text; a record that cannot be one is given as the reason (a str) instead."""
+    text = text.removeprefix("\ufeff")
     if kind == "jsonl":
         for line in text.split("\n"):
             if line.strip():
@@ -261,7 +265,7 @@ def _conversations(text: str) -> Iterator[Document]:
     first line alone lacks a label has lost it: the line was said by whoever does not speak next.
     """
     current: Document = []
-    for block in _blocks(text.removeprefix("\ufeff")):
+    for block in _blocks(text):
         turns: list[tuple[str | None, list[str]]] = []
         for line in block.strip().split("\n"):
             role, said = role_and_text(line)
@@ -277,6 +281,9 @@ def _conversations(text: str) -> Iterator[Document]:
             continue
         if lead_role is None and len(document) > 1:
             document[0] = ("assistant" if document[1][0] == "user" else "user", lead)
+        if current and lead_role == "assistant" and current[-1][0] == "user":
+            current += document
+            continue
         if current:
             yield current
         current = document

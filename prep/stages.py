@@ -20,7 +20,6 @@ from store import fs
 from store.shards import Shard
 
 EXAMPLES_PER_REASON = 3
-BATCH_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)

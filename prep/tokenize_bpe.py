@@ -196,14 +196,17 @@ def check(settings: Settings) -> None:
 
 
 def default_output(first_input: str) -> str:
-    """Beside the input and named after it: corpus.txt.gz -> corpus-tokens."""
-    folder, _, name = first_input.rstrip("/").rpartition("/")
-    name = name.strip("*?[]") or "corpus"
+    """Beside the input and named after it: corpus.txt.gz -> corpus-tokens; a glob is named after its folder."""
+    if first_input.startswith(("http://", "https://")):
+        first_input = first_input.split("?")[0].rsplit("/", 1)[-1]  # cannot be written there: in this folder
+    while any(c in first_input for c in "*?["):
+        first_input = first_input.rpartition("/")[0] or "."
+    if fs.is_local(first_input):
+        first_input = str(fs.local_path(first_input).resolve()) if first_input in (".", "..") else first_input
+    folder, slash, name = first_input.rstrip("/").rpartition("/")
     while Path(name).suffix.lower() in (*corpus.COMPRESSIONS, *corpus.TEXT_SUFFIXES, *corpus.JSON_SUFFIXES):
         name = Path(name).stem
-    if first_input.startswith(("http://", "https://")):
-        return f"{name}-tokens"
-    return f"{folder}/{name}-tokens" if folder or first_input.startswith("/") else f"{name}-tokens"
+    return f"{folder}{slash}{name}-tokens"
 
 
 def read_text(url: str) -> str:

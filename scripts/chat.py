@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from cli import flags
 from cli.flags import flag
+from gpt.errors import GPTError
 from gpt.model import GPT
 from gpt.tokenizer import Tokenizer
 from scripts import sample
@@ -50,7 +51,11 @@ def main(argv: list[str] | None = None) -> int:
                 args = change_setting(args, message)
         elif message:
             history.append(("user", message))
-            history.append(("assistant", reply(model, tokenizer, history, args)))
+            try:
+                history.append(("assistant", reply(model, tokenizer, history, args)))
+            except GPTError as e:  # a setting that makes no sense: say so, and let it be changed
+                print(e)
+                history.pop()
 
 
 def reply(model: GPT, tokenizer: Tokenizer, history: list[tuple[str, str]], args: ChatFlags) -> str:

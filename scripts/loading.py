@@ -1,13 +1,12 @@
 """Load a trained model to use it: the newest sound checkpoint of a run, on the best device here."""
 
-import torch
-
 from cli.errors import UserError
 from gpt.model import GPT, GPTConfig
 from gpt.tokenizer import Tokenizer
 from store import fs
 from train import checkpoint
 from train.precision import choose_machine
+from train.state import checkpoint_fits, same_tensors
 
 
 def load_model(run: str, *, device: str = "auto", step: int | None = None) -> tuple[GPT, Tokenizer]:
@@ -19,11 +18,17 @@ def load_model(run: str, *, device: str = "auto", step: int | None = None) -> tu
     if not manifests:
         wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
         raise UserError(f"{fs.redact(run)}: {wanted} there: name a run folder, the --out of train/run.py, with --run")
-    found = checkpoint.load(run, manifests[-1])
-    model = GPT(GPTConfig(**found.state["model"]))
+    found = checkpoint.load(run, manifests[-1], ("model.safetensors", "state.json"))
+    try:
+        shape = GPTConfig(**found.state["model"])
+    except TypeError as e:
+        raise UserError(f"{fs.redact(run)}: its model has settings this program does not know ({e})") from e
+    checkpoint_fits(found, shape)
+    model = GPT(shape)
+    same_tensors(found.tensors["model.safetensors"], model.state_dict(), "model.safetensors")
     model.load_state_dict(found.tensors["model.safetensors"])
     tokenizer = Tokenizer(fs.read_bytes(fs.join(run, "tokenizer.json")).decode())
     if tokenizer.vocab_size != model.config.vocab_size:
         raise UserError(f"{fs.redact(run)}: tokenizer.json has {tokenizer.vocab_size} ids, the model "
                         f"{model.config.vocab_size}: the run's tokenizer was replaced, restore it")  # fmt: skip
-    return model.to(torch.device(choose_machine(device, "auto", "off").device)).eval(), tokenizer
+    return model.to(choose_machine(device, "auto", "off").device).eval(), tokenizer

@@ -35,9 +35,9 @@ install() { # install FILE: its requirements, in the versions CI tests, unless t
   if [ -n "${VIRTUAL_ENV:-}" ]; then
     PYTHON="$VIRTUAL_ENV/bin/python"
   else
-    if [ ! -x .venv/bin/python ]; then
+    if ! .venv/bin/python -c 'import pip' 2>/dev/null; then # absent, or half-made
       echo "making     .venv"
-      "$(find_python)" -m venv .venv
+      "$(find_python)" -m venv --clear .venv
     fi
     PYTHON="$ROOT/.venv/bin/python"
   fi
@@ -45,7 +45,11 @@ install() { # install FILE: its requirements, in the versions CI tests, unless t
   if [ ! -e "$stamp" ]; then
     echo "installing what $1 names (once, some minutes)"
     "$PYTHON" -c 'import torch' 2>/dev/null || install_torch
-    "$PYTHON" -m pip install -qq -r "$1" -c constraints.txt
+    # a torch that was there already stays, whatever version is pinned
+    "$PYTHON" -m pip freeze -qq | grep -i '^torch==' >"$stamp.pins"
+    grep -v '^torch==' constraints.txt >>"$stamp.pins"
+    "$PYTHON" -m pip install -qq -r "$1" -c "$stamp.pins"
+    rm "$stamp.pins"
     touch "$stamp"
   fi
 }

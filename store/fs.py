@@ -25,6 +25,7 @@ from store.errors import DataError, NotFound, StoreError
 from store.retry import attempt, redact
 
 COPY_BYTES = 4 << 20
+DRIVE = "/content/drive/"  # where Colab mounts Google Drive
 
 
 @dataclass(frozen=True)
@@ -343,7 +344,10 @@ def delete(url: str) -> None:
     def work() -> None:
         fs, path = _filesystem(url)
         if is_local(url):
-            local_path(url).unlink(missing_ok=True)
+            path = local_path(url)
+            if str(path).startswith(DRIVE) and path.is_file():
+                os.truncate(path, 0)  # a deleted file goes to the Drive's Trash and still fills the quota
+            path.unlink(missing_ok=True)
         else:
             fs.rm_file(path)
 

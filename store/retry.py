@@ -15,7 +15,7 @@ from store.errors import NotFound, StoreError
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-RETRY_FOR_S = float(os.environ.get("PERENNIAL_RETRY_FOR_S", "120"))  # gcsfs alone gives up after about 33 s
+RETRY_FOR_S = float(os.environ.get("PERENNIAL_RETRY_FOR_S", "600"))  # gcsfs alone gives up after about 33 s
 DRIVERS = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "s3a": "s3fs", "http": "aiohttp", "https": "aiohttp"}
 # Local faults that pass: a network mount that dropped or lagged. A full or read-only disk does not pass by waiting.
 TRANSIENT_ERRNOS = {

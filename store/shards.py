@@ -8,6 +8,7 @@ A `.zst` shard is the same bytes as independent zstd frames, ending in the seek 
 (facebook/zstd, contrib/seekable_format): `zstd -d` gives back the raw shard, and a reader can fetch any part of it.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -337,8 +338,19 @@ def choose_preload(loading: Loading, raw_bytes: int) -> bool:
     """Whether to hold `raw_bytes` in memory: as told, or (auto) when that takes at most a third of what is free."""
     if loading != "auto":
         return loading == "preload"
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if "SC_AVPHYS_PAGES" in os.sysconf_names else 0
-    return raw_bytes <= max(free // 3, 256 << 20)
+    return raw_bytes <= max(_available_bytes() // 3, 256 << 20)
+
+
+def _available_bytes() -> int:
+    """Memory that can be had: the kernel's estimate (page cache can be given up), and a container's own limit."""
+    limits = []
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        meminfo = Path("/proc/meminfo").read_text()
+        limits.append(int(meminfo.split("MemAvailable:")[1].split()[0]) * 1024)
+    with contextlib.suppress(OSError, ValueError):
+        group = Path("/sys/fs/cgroup")
+        limits.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return min(limits) if limits else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def default_cache() -> Path:
@@ -416,4 +428,6 @@ def _load_metadata(url: str) -> tuple[dict[str, Any], str]:
             raise ValueError("a shard is named twice")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise DataError(f"{where}: not valid metadata ({e}): copy the dataset again, or re-run prep") from e
-    return data, hashlib.sha256(raw).hexdigest()
+    # the tokens themselves: the same for raw and compressed shards, whatever library versions made them
+    identity = [data["tokenizer_sha256"], *([s.split, s.tokens, s.xxh3] for s in shards)]
+    return data, hashlib.sha256(json.dumps(identity).encode()).hexdigest()

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,9 +24,14 @@ def tensors(step: int) -> dict:
     }
 
 
+def state(step: int) -> dict:
+    return {"step": step, "elapsed_s": 1.5, "val_loss": None, "scaler": {}, "config": {}, "model": {},
+            "data": {"fingerprint": "f", "vocab_size": 9}}  # fmt: skip
+
+
 def save(out: str | Path, step: int, val_loss: float | None = None) -> None:
     checkpoint.save(
-        str(out), step=step, run_id="r", attempt=1, val_loss=val_loss, tensors=tensors(step), state={"step": step}
+        str(out), step=step, run_id="r", attempt=1, val_loss=val_loss, tensors=tensors(step), state=state(step)
     )
 
 
@@ -39,7 +46,7 @@ def test_round_trip_is_exact(tmp_path, url):
     save(out, 3)
     save(out, 12)
     found, warnings = load(out)
-    assert (found.manifest.step, found.state, warnings) == (12, {"step": 12}, [])
+    assert (found.manifest.step, found.state, warnings) == (12, state(12), [])
     for part, named in tensors(12).items():
         assert all(torch.equal(found.tensors[part][k], v) for k, v in named.items())
 
@@ -190,13 +197,56 @@ def test_deleting_takes_the_manifest_first(tmp_path, monkeypatch):
     assert [m.step for m in checkpoint.committed(str(tmp_path))] == [20]
 
 
-def test_a_full_disk_is_a_storage_error_and_nothing_is_committed(tmp_path):
-    full = tmp_path / "out"
-    full.mkdir()
-    (full / "step-00000010").symlink_to("/dev/full")  # a folder that cannot be written
-    with pytest.raises(StoreError, match=r"cannot write model\.safetensors"):
-        save(full, 10)
-    assert checkpoint.committed(str(full)) == []
+@pytest.fixture
+def small_disk(tmp_path):
+    """A real file system of 128 KiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("cannot mount a tmpfs here")
+    yield disk
+    subprocess.run(["umount", "-l", disk])
+
+
+def test_a_full_disk_is_a_storage_error_and_older_steps_stay(small_disk):
+    save(small_disk, 10)
+    before = files(small_disk)
+    (small_disk / "filler").write_bytes(b"x" * 20_000)
+    with pytest.raises(StoreError, match=r"cannot write|no space left"):
+        list(map(partial(save, small_disk), range(20, 200, 10)))
+    newest = checkpoint.committed(str(small_disk))[-1].step
+    assert before.items() <= files(small_disk).items()
+    assert load(small_disk)[0].manifest.step == newest
+    (small_disk / "filler").unlink()
+    checkpoint.retain(str(small_disk), 1)
+    save(small_disk, 300)  # with room again, the next save works
+    assert load(small_disk)[0].manifest.step == 300
+
+
+HOSTILE_STATES = [
+    [], "x", 3, None, {}, {"step": "10"}, {"config": "x"}, {"data": None}, {"data": {"fingerprint": 3, "vocab_size": 9}},
+    {"model": []}, {"scaler": None}, {"elapsed_s": "x"}, {"step": 11},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", HOSTILE_STATES)
+def test_a_state_of_wrong_types_is_refused(tmp_path, change):
+    """Hashes prove the writer's bytes, not his good will."""
+    hostile = {**state(10), **change} if isinstance(change, dict) and change else change
+    checkpoint.save(str(tmp_path), step=10, run_id="r", attempt=1, val_loss=None, tensors=tensors(10), state=hostile)
+    with pytest.raises(DataError, match="every checkpoint is damaged"):
+        load(tmp_path)
+
+
+def test_deleting_on_a_drive_empties_the_file_first(tmp_path, monkeypatch):
+    """What is deleted there goes to the Trash and still fills the quota: it must be empty by then."""
+    monkeypatch.setattr(fs, "DRIVE", str(tmp_path))
+    trash = tmp_path / "trash"
+    (tmp_path / "part").write_bytes(b"x" * 1000)
+    trash.hardlink_to(tmp_path / "part")
+    fs.delete(str(tmp_path / "part"))
+    assert not (tmp_path / "part").exists()
+    assert trash.stat().st_size == 0
 
 
 def test_a_hostile_manifest_cannot_reach_outside(tmp_path):

@@ -14,7 +14,8 @@ CASES = [
     ("light", "a\x00b\x07c\u200bd\ufeffe\u00adf", "abcdef"),
     ("light", "a\x1bb", "ab"),
     ("light", "👩\u200d💻 \u0915\u094d\u200d\u0937", "👩\u200d💻 \u0915\u094d\u200d\u0937"),  # joiners carry meaning
-    ("light", "  a \t b\u00a0c  \n\n\n\n d ", "a b c\n\nd"),
+    ("light", "  a \t b\u00a0c  \n\n\n\n d ", "a b c\n\n d"),
+    ("standard", "def f(x):\n    if a<b and c>d:\n\treturn  1 \n", "def f(x):\n    if a<b and c>d:\n\treturn 1"),
     ("light", "Tom &amp; Jerry <b>x</b>", "Tom &amp; Jerry <b>x</b>"),
     ("standard", "Tom &amp; Jerry &#39;s &amp;quot;show&amp;quot;", 'Tom & Jerry \'s "show"'),
     ("standard", "one<br />two<b class='x'>three</b> 1 < 2 and a > b", "one\ntwothree 1 < 2 and a > b"),

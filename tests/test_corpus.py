@@ -71,10 +71,18 @@ def test_conversations_by_hand():
     )
     assert list(corpus.documents(text, "chat")) == [
         [("user", "Hi!"), ("assistant", "Hello.\nHow are you?")],
-        [("user", "a")],
-        [("assistant", "b\n\nsecond paragraph")],
+        [("user", "a"), ("assistant", "b\n\nsecond paragraph")],
         [("user", "lost its label"), ("assistant", "yes")],
         [("system", "be brief"), ("user", "x"), ("assistant", "y")],
+    ]
+
+
+def test_turns_apart_by_empty_lines_stay_one_conversation():
+    text = "User: a\n\nAssistant: b\n\nUser: c\n\nAssistant: d\n\nAssistant: alone\n"
+    assert list(corpus.documents(text, "chat")) == [
+        [("user", "a"), ("assistant", "b")],
+        [("user", "c"), ("assistant", "d")],
+        [("assistant", "alone")],
     ]
 
 
@@ -97,6 +105,14 @@ def test_conversations_by_hand():
 )  # fmt: skip
 def test_jsonl_records(line, expected):
     assert corpus.parse_json(line) == expected
+
+
+def test_limit_counts_unpacked_text(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "TASK_BYTES", 1000)
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(CHAT.encode()))
+    sources = corpus.find_sources((str(tmp_path / "a.txt.gz"),))
+    (task,) = corpus.plan(sources, limit=3000)
+    assert 2000 < sum(map(len, corpus.read_chunks(task))) <= 3000
 
 
 def test_one_huge_record_is_read_in_bounded_pieces(tmp_path, monkeypatch):

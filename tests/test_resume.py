@@ -1,5 +1,7 @@
 """Laws 1 and 2: killed anywhere, training goes on from the last commit, and ends as if nothing had happened."""
 
+import hashlib
+import itertools
 import json
 import os
 import random
@@ -7,8 +9,9 @@ import signal
 import time
 
 import pytest
+import torch
 
-from tests.helpers import error_of, files, prepare, result, start, train
+from tests.helpers import command, error_of, files, prepare, result, start, train
 from train import checkpoint, run
 
 SMALL = ("--model", "tiny", "--n-embd", 32, "--n-head", 2, "--block-size", 32, "--batch", 8, "--device", "cpu",
@@ -119,7 +122,7 @@ def test_sigkill_at_random_moments_of_real_processes(data, tmp_path):
     rng, last = random.Random(7), 0
     for kill in range(4):
         process = start("train/run.py", *flags, "--out", tmp_path / "killed")
-        wait_for_step(tmp_path / "killed", 80 * kill + 20 + rng.randrange(40), process)
+        assert wait_for_step(tmp_path / "killed", 80 * kill + 20 + rng.randrange(40), process)
         time.sleep(rng.random() * 0.05)
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -212,11 +215,142 @@ def test_storage_that_fails_does_not_stop_training(data, tmp_path, monkeypatch, 
     assert [m.step for m in checkpoint.committed(str(tmp_path / "out"))] == [12]
 
 
+def hostile(out, part, change):
+    """Rewrite a part of the newest checkpoint and its manifest, as someone who knows the format would."""
+    from safetensors.torch import load_file, save_file
+
+    from tests.test_checkpoint import rewrite
+
+    folder = out / checkpoint.committed(str(out))[-1].name
+    path = folder / part
+    if part == "state.json":
+        path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    else:
+        named = change(load_file(path))
+        path.unlink()
+        save_file(named, path)
+    parts = json.loads((folder / "MANIFEST.json").read_text())["parts"]
+    parts[part] = {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    rewrite(folder / "MANIFEST.json", parts=parts)
+
+
+HOSTILE = {
+    "short moment": ("optimizer.safetensors", lambda t: {**t, "wpe.weight/exp_avg": torch.zeros(3)}),
+    "missing moment": ("optimizer.safetensors", lambda t: {k: v for k, v in t.items() if "wpe" not in k}),
+    "missing weight": ("model.safetensors", lambda t: {k: v for k, v in t.items() if "wpe" not in k}),
+    "whole numbers": ("model.safetensors", lambda t: {**t, "ln_f.bias": t["ln_f.bias"].long()}),
+    "random state": ("rng.safetensors", lambda t: {"cpu": torch.zeros(7, dtype=torch.uint8)}),
+    "layers": ("state.json", lambda s: {**s, "config": {**s["config"], "n_layer": 10**9}}),
+    "setting": ("state.json", lambda s: {**s, "config": {**s["config"], "lr": "high"}}),
+    "unknown setting": ("state.json", lambda s: {**s, "config": {**s["config"], "evil": 1}}),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_hostile_checkpoint_can_at_worst_be_refused(data, tmp_path, case):
+    flags = ("--data", data, "--steps", 2, *SMALL, "--resume", "--out", tmp_path / "out")
+    assert train(*flags) == 0
+    hostile(tmp_path / "out", *HOSTILE[case])
+    error_of(train, *flags)
+
+
+def test_killed_at_any_moment_of_its_start_it_starts_again(data, tmp_path, monkeypatch):
+    from store import fs
+
+    flags = ("--data", data, "--steps", 2, *SMALL, "--resume")
+    for write in range(6):
+        out, writes = tmp_path / str(write), 0
+        real = fs.put_bytes
+
+        def dying(url, content, real=real, limit=write):
+            nonlocal writes
+            writes += 1
+            if writes > limit:
+                raise Killed
+            real(url, content)
+
+        with monkeypatch.context() as m:
+            m.setattr(fs, "put_bytes", dying)
+            if write < 3:  # config.json, metrics.jsonl, tokenizer.json; later ones belong to the save
+                with pytest.raises(Killed):
+                    train(*flags, "--out", out)
+        out.mkdir(exist_ok=True)
+        (out / ".config.json.1-ab.tmp").write_bytes(b"half")
+        assert train(*flags, "--out", out) == 0
+        assert not (out / ".config.json.1-ab.tmp").exists()
+
+
+def test_a_signal_between_micro_batches_leaves_at_once_and_changes_nothing(data, tmp_path, monkeypatch):
+    """A step of many micro-batches can outlast the grace: it is dropped, and done again on resume, to the bit."""
+    flags = ("--data", data, "--steps", 8, "--micro-batch", 2, "--dropout", 0.1, *SMALL, "--resume")
+    assert train(*flags, "--out", tmp_path / "quiet") == 0
+    real = run.train_step
+
+    def interrupted(*args, stop, **kwargs):
+        asked = 0
+
+        def stop_at_third():
+            nonlocal asked
+            asked += 1
+            if asked == 3 and stepped == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return stop()
+
+        nonlocal stepped
+        out = real(*args, stop=stop_at_third, **kwargs)
+        stepped += 1
+        return out
+
+    stepped = 0
+    with monkeypatch.context() as m:
+        m.setattr(run, "train_step", interrupted)
+        assert train(*flags, "--out", tmp_path / "killed") == 75
+    assert checkpoint.committed(str(tmp_path / "killed"))[-1].step == 5
+    assert train(*flags, "--out", tmp_path / "killed") == 0
+    assert result(tmp_path / "killed") == result(tmp_path / "quiet")
+
+
+def test_nohup_is_respected(data, tmp_path):
+    import subprocess
+
+    command_line = command(
+        "train/run.py", "--data", data, "--steps", 60, *SMALL, "--out", tmp_path / "out", "--log-every", 1
+    )
+    process = subprocess.Popen(["nohup", *command_line], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert wait_for_step(tmp_path / "out", 3, process)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(60) == 0
+
+
+def test_an_outage_at_a_sample_or_for_the_log_does_not_stop_training(data, tmp_path, monkeypatch, capsys):
+    from store import fs
+    from store.errors import StoreError
+
+    real = fs.put_bytes
+
+    def away(url, content):
+        if "/samples/" in url:
+            raise StoreError("the bucket answers 503")
+        real(url, content)
+
+    monkeypatch.setattr(fs, "put_bytes", away)
+    flags = ("--data", data, "--steps", 6, *SMALL, "--resume", "--out", tmp_path / "out", "--sample-every", 3)
+    assert train(*flags) == 0
+    assert "samples of step 3 were not kept: the bucket answers 503" in capsys.readouterr().err
+
+
+def test_a_longer_run_does_not_warm_up_again(data, tmp_path):
+    flags = ("--data", data, *SMALL, "--resume", "--out", tmp_path / "out")
+    assert train(*flags, "--steps", 60) == 0
+    assert train(*flags, "--steps", 600, "--schedule", "cosine", "--log-every", 1, "--eval-every", 0) == 0
+    rates = [m["lr"] for m in result(tmp_path / "out")["metrics"] if "lr" in m]
+    assert rates[60] > rates[59]  # the cosine is stretched, as asked
+    assert all(a >= b for a, b in itertools.pairwise(rates[60:]))  # and only falls from there
+
+
 def test_divergence_stops_with_the_last_good_checkpoint_intact(data, tmp_path):
     flags = ("--data", data, "--steps", 40, "--save-every", 5, *SMALL, "--resume", "--log-every", 1)
-    assert train(*flags, "--lr", "1e38", "--clip", 0, "--warmup", 0, "--out", tmp_path / "out") == run.DIVERGED
-    import torch
-
+    assert train(*flags, "--lr", "1e17", "--clip", 0, "--warmup", 0, "--out", tmp_path / "out") == run.DIVERGED
     for manifest in checkpoint.committed(str(tmp_path / "out")):
         found = checkpoint.load(str(tmp_path / "out"), manifest)
         assert all(

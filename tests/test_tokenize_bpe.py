@@ -99,9 +99,11 @@ def test_sigkill_of_a_real_run_leaves_no_worker_and_resumes(corpus, tmp_path):
     flags = ("--input", big, *FLAGS, "--dedup", "off", "--workers", 2)
     quiet = start("prep/tokenize_bpe.py", *flags, "--output", tmp_path / "quiet")
     assert quiet.wait(120) == 0
-    for wait_s in (1.0, 2.5):
+    for stage in ("clean-*.json", "ids-*.json", "train-*.json"):  # in the middle of each pass
         process = start("prep/tokenize_bpe.py", *flags, "--output", tmp_path / "d", "--resume", start_new_session=True)
-        time.sleep(wait_s)
+        while not list((tmp_path / "d" / ".prep").glob(stage)):
+            assert process.poll() is None
+            time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
         process.wait()
         deadline_s = time.monotonic() + 10
@@ -203,6 +205,17 @@ def test_default_output_is_beside_the_input_and_named_after_it(corpus, tmp_path)
     process = start("prep/tokenize_bpe.py", "--input", "my corpus.txt", "--compress", "--vocab-size", 300, cwd=tmp_path)
     assert process.wait(60) == 0
     assert (tmp_path / "my corpus-tokens" / "metadata.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [("a/corpus.txt.gz", "a/corpus-tokens"), ("corpus.jsonl", "corpus-tokens"), ("a/b/", "a/b-tokens"), ("a/*.txt", "a-tokens"),
+     ("a/part-*/x?.txt", "a-tokens"), ("gs://bucket/x/c.txt", "gs://bucket/x/c-tokens"), ("https://h/x/c.txt?s=1", "c-tokens")],
+)  # fmt: skip
+def test_default_output(given, expected):
+    from prep.tokenize_bpe import default_output
+
+    assert default_output(given) == expected
 
 
 def bad_inputs(tmp_path, corpus, data):

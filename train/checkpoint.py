@@ -5,6 +5,7 @@
 A step without a valid manifest does not exist: `read_manifest` decides that for loading, listing and retention alike.
 """
 
+import contextlib
 import hashlib
 import json
 import re
@@ -108,26 +109,36 @@ def save(
     """
     url = fs.join(out, step_name(step))
     fs.delete_folder(url, first=MANIFEST)
-    folder = fs.local_path(url) if fs.is_local(url) else _staging(out)
-    parts: dict[str, dict[str, Any]] = {}
-    for name in PARTS:
-        path = folder / name
-        try:
-            with fs.staged(path) as staged:
-                if name in TENSOR_PARTS:
-                    save_file({k: v.detach().contiguous() for k, v in tensors[name].items()}, staged)
-                else:
-                    staged.write_text(json.dumps(state, indent=1), "utf-8")
-        except (SafetensorError, OSError) as e:
-            raise StoreError(f"{fs.redact(url)}: cannot write {name}: {e}") from e
-        parts[name] = {"bytes": path.stat().st_size, "sha256": fs.sha256_file(path)}
-        fs.put_file(fs.join(url, name), path)
-        if not fs.is_local(url):
-            path.unlink()
+    try:
+        parts = {name: _write_part(out, url, name, tensors, state) for name in PARTS}
+    except StoreError:
+        with contextlib.suppress(StoreError):
+            fs.delete_folder(url)  # a full disk needs the room more than half a checkpoint does
+        raise
     manifest = Manifest(FORMAT, VERSION, step, run_id, attempt, val_loss, parts)
     signed = {**asdict(manifest), "sha256": _manifest_hash(asdict(manifest))}
     fs.put_bytes(fs.join(url, MANIFEST), json.dumps(signed, indent=1).encode())
     return manifest
+
+
+def _write_part(
+    out: str, url: str, name: str, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]
+) -> dict[str, Any]:
+    """Publish one part whole; its size and sha256."""
+    path = (fs.local_path(url) if fs.is_local(url) else _staging(out)) / name
+    try:
+        with fs.staged(path) as staged:
+            if name in TENSOR_PARTS:
+                save_file({k: v.detach().contiguous() for k, v in tensors[name].items()}, staged)
+            else:
+                staged.write_text(json.dumps(state, indent=1), "utf-8")
+    except (SafetensorError, OSError) as e:
+        raise StoreError(f"{fs.redact(url)}: cannot write {name}: {e}") from e
+    part = {"bytes": path.stat().st_size, "sha256": fs.sha256_file(path)}
+    fs.put_file(fs.join(url, name), path)
+    if not fs.is_local(url):
+        path.unlink()
+    return part
 
 
 def _manifest_hash(fields: dict[str, Any]) -> str:
@@ -173,18 +184,36 @@ def load_newest(out: str, warn: Callable[[str], None]) -> Checkpoint | None:
     return None
 
 
-def load(out: str, manifest: Manifest) -> Checkpoint:
-    """One step, every part proved against its sha256. Raises DataError naming the part that differs."""
+def load(out: str, manifest: Manifest, parts: tuple[str, ...] = PARTS) -> Checkpoint:
+    """One step, or some `parts` of it, each proved against its sha256. Raises DataError naming the part that differs."""
     url = fs.join(out, manifest.name)
     folder = _staging(out)
     try:
-        paths = {name: _proved(fs.join(url, name), manifest.parts[name], folder / name) for name in PARTS}
-        tensors = {name: load_file(paths[name]) for name in TENSOR_PARTS}
-        return Checkpoint(manifest, tensors, json.loads(paths["state.json"].read_bytes()))
-    except (SafetensorError, ValueError) as e:
+        paths = {name: _proved(fs.join(url, name), manifest.parts[name], folder / name) for name in parts}
+        tensors = {name: load_file(path) for name, path in paths.items() if name in TENSOR_PARTS}
+        state = json.loads(paths["state.json"].read_bytes())
+        _check_state(state, manifest)
+        return Checkpoint(manifest, tensors, state)
+    except (SafetensorError, ValueError, RecursionError) as e:
         raise DataError(f"{fs.redact(url)}: unreadable ({e})") from e
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check_state(state: Any, manifest: Manifest) -> None:
+    """Raises ValueError unless state.json has the fields that are relied on, in their types: it is untrusted input."""
+    if not isinstance(state, dict):
+        raise ValueError("state.json is no object")
+    number = (int, float)
+    kinds = {"step": int, "elapsed_s": number, "val_loss": (*number, type(None)), "scaler": dict, "config": dict,
+             "model": dict, "data": dict}  # fmt: skip
+    for name, kind in kinds.items():
+        if not isinstance(state.get(name), kind):
+            raise ValueError(f"state.json: {name} is {type(state.get(name)).__name__}")
+    if state["step"] != manifest.step:
+        raise ValueError(f"state.json is of step {state['step']}")
+    if not isinstance(state["data"].get("fingerprint"), str) or not isinstance(state["data"].get("vocab_size"), int):
+        raise ValueError("state.json: data has no fingerprint or vocab_size")
 
 
 def _staging(out: str) -> Path:

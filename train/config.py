@@ -6,6 +6,7 @@ A checkpoint's settings win on --resume. The fields in FREE do not change what i
 
 import dataclasses
 import os
+import typing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from cli.errors import UserError
 from cli.flags import flag
 from gpt.model import GPTConfig
 from gpt.presets import preset
+from store.errors import DataError
 
 DRIVE = Path("/content/drive/MyDrive")
 
@@ -137,17 +139,25 @@ def check(config: TrainConfig) -> None:
                 "save_every": 0, "save_every_minutes": 0, "keep": 1, "block_size": 1}  # fmt: skip
     for name, least in at_least.items():
         value = getattr(config, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')} {value}: expected {least} or more")
+        if value is not None and not least <= value < 2**60:  # also refuses nan and inf
+            raise UserError(f"--{name.replace('_', '-')} {value}: expected a number from {least}")
     for name in ("lr_floor", "decay_fraction", "beta1", "beta2"):
-        if not 0 <= getattr(config, name) <= 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: expected 0 to 1")
+        value = getattr(config, name)
+        if not 0 <= value <= 1 or (value == 1 and name.startswith("beta")):
+            raise UserError(f"--{name.replace('_', '-')} {value}: expected 0 to 1")
+    if not 0 <= config.seed < 2**60:
+        raise UserError(f"--seed {config.seed}: expected 0 to 2**60")
 
 
 def with_places(config: TrainConfig) -> TrainConfig:
     """`data` and `out` filled in, so that the bare command works in a Colab cell and in a clone."""
-    base = DRIVE / "perennial" if os.environ.get("COLAB_RELEASE_TAG") and DRIVE.is_dir() else Path()
+    base = DRIVE / "perennial" if on_colab() and DRIVE.is_dir() else Path()
     return dataclasses.replace(config, data=config.data or str(base / "data"), out=config.out or str(base / "out"))
+
+
+def on_colab() -> bool:
+    """True in a Colab runtime."""
+    return bool(os.environ.get("COLAB_RELEASE_TAG"))
 
 
 def with_recipe(config: TrainConfig, device_type: str) -> TrainConfig:
@@ -188,8 +198,7 @@ def merge_resumed(stored: dict[str, Any], config: TrainConfig, given: frozenset[
 
     Raises UserError naming both values where a given flag contradicts the checkpoint.
     """
-    known = {f.name for f in dataclasses.fields(TrainConfig)}
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items() if k in known}
+    values = _checked(stored)
     for name in sorted(given - FREE):
         if name == "model" and config.model == "auto":
             continue
@@ -201,6 +210,26 @@ def merge_resumed(stored: dict[str, Any], config: TrainConfig, given: frozenset[
     values |= {name: getattr(config, name) for name in given & FREE}
     values |= {name: getattr(config, name) for name in FORGOTTEN}
     return TrainConfig(**values)
+
+
+def _checked(stored: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's settings, each of its field's type: they are untrusted input. Raises DataError."""
+    hints = typing.get_type_hints(TrainConfig)
+    values = {}
+    for name, value in stored.items():
+        hint = hints.get(name, str)
+        value = tuple(value) if isinstance(value, list) else value
+        if typing.get_origin(hint) is typing.Literal:
+            fits = value in typing.get_args(hint)
+        elif typing.get_origin(hint) is tuple:
+            fits = isinstance(value, tuple) and all(isinstance(v, str) for v in value)
+        else:
+            fits = isinstance(value, hint) or (isinstance(value, int) and isinstance(0.0, hint))
+        if name not in hints or not fits:
+            raise DataError(f"the checkpoint's setting {name}={value!r} is none of this program's: it was changed, or "
+                            "made by another version")  # fmt: skip
+        values[name] = value
+    return values
 
 
 def stored_form(config: TrainConfig) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from cli.progress import Meter
 from gpt.tokenizer import Tokenizer
 from store import fs
 from store.shards import TokenShards, choose_preload
-from train.config import TrainConfig
+from train.config import DRIVE, TrainConfig, on_colab
 
 
 @dataclass
@@ -25,8 +25,13 @@ class Data:
 
 def open_data(config: TrainConfig) -> Data:
     """The dataset, every byte verified, its shards in memory or mapped."""
-    if not fs.exists(fs.join(config.data, "metadata.json")) and not config.data.startswith("-"):
-        raise UserError(f"{fs.redact(config.data)}: no token dataset there (no metadata.json): make one with "
+    if not fs.exists(fs.join(config.data, "metadata.json")):
+        drive = (
+            "mount your Drive first (drive.mount in a cell of its own), or "
+            if on_colab() and not DRIVE.is_dir()
+            else ""
+        )
+        raise UserError(f"{fs.redact(config.data)}: no token dataset there (no metadata.json): {drive}make one with "
                         "`python prep/tokenize_bpe.py --input corpus.txt --compress`, and name it with --data")  # fmt: skip
     tokens = TokenShards(config.data, cache=config.cache_folder)
     tokenizer = Tokenizer(tokens.tokenizer_json())

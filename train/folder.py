@@ -8,12 +8,13 @@ import hashlib
 import json
 import os
 import secrets
+import sys
 from pathlib import Path
 from typing import Any
 
 from cli.errors import UserError
 from store import fs
-from store.errors import DataError, NotFound
+from store.errors import DataError, NotFound, StoreError
 from store.shards import default_cache
 from train import checkpoint
 
@@ -26,6 +27,7 @@ class RunFolder:
 
     def __init__(self, url: str, cache: Path | None = None) -> None:
         self.url, self.run_id, self.attempt = url, "", 0
+        self.unwritten: dict[str, str] = {}  # lines of logs that could not be appended yet
         remote = (cache or default_cache()) / "runs" / hashlib.sha256(url.encode()).hexdigest()[:16]
         self.local = fs.local_path(url) if fs.is_local(url) else remote
 
@@ -40,7 +42,8 @@ class RunFolder:
                 what = "cannot be written" if there.is_dir() else "is a file"
                 raise UserError(f"--out {self.url}: {there} {what}: give a folder that can be made and written")
         names = [e.name for e in fs.list_folder(self.url)]
-        if not names:
+        # a start that was killed before config.json was there can have left these
+        if all(n in (*KEPT, "samples", "tokenizer.json") or (n.startswith(".") and n.endswith(".tmp")) for n in names):
             return False
         where = fs.redact(self.url)
         if not resume:
@@ -65,6 +68,9 @@ class RunFolder:
 
     def open(self, config: dict[str, Any], tokenizer_json: str, *, step: int) -> None:
         """Begin an attempt at `step`: write identity on the first, cut the logs back to the step on a later one."""
+        self.run_id = self.run_id or secrets.token_hex(4)
+        identity = {"format": FORMAT, "version": VERSION, "run_id": self.run_id, "config": config}
+        fs.put_bytes(fs.join(self.url, "config.json"), json.dumps(identity, indent=1).encode())
         self.local.mkdir(parents=True, exist_ok=True)
         fs.delete_leftovers(self.url)
         if not fs.is_local(self.url):
@@ -73,13 +79,10 @@ class RunFolder:
                     fs.put_bytes(str(self.local / name), fs.read_bytes(fs.join(self.url, name)))
                 except NotFound:
                     (self.local / name).unlink(missing_ok=True)
-        self.run_id = self.run_id or secrets.token_hex(4)
         self.attempt = 1 + sum(e.get("event") == "start" for e in read_lines(self.local / "events.jsonl"))
         # what was logged after the checkpoint will happen, and be logged, again
         kept = [m for m in read_lines(self.local / "metrics.jsonl") if m.get("step", 0) <= step]
         fs.put_bytes(str(self.local / "metrics.jsonl"), b"".join(json.dumps(m).encode() + b"\n" for m in kept))
-        identity = {"format": FORMAT, "version": VERSION, "run_id": self.run_id, "config": config}
-        fs.put_bytes(fs.join(self.url, "config.json"), json.dumps(identity, indent=1).encode())
         fs.put_bytes(fs.join(self.url, "tokenizer.json"), tokenizer_json.encode())
         self.event("start", step=step)
 
@@ -93,19 +96,32 @@ class RunFolder:
         self._append("events.jsonl", [{"time": now, "attempt": self.attempt, "event": event, **fields}])
 
     def _append(self, name: str, lines: list[dict[str, Any]]) -> None:
-        with open(self.local / name, "a", encoding="utf-8") as f:
-            f.write("".join(json.dumps(line) + "\n" for line in lines))
+        """Append now, or with the next lines where the place is away or full: training does not stop for its log."""
+        self.unwritten[name] = self.unwritten.get(name, "") + "".join(json.dumps(line) + "\n" for line in lines)
+        try:
+            with open(self.local / name, "a", encoding="utf-8") as f:
+                f.write(self.unwritten[name])
+            self.unwritten[name] = ""
+        except OSError as e:
+            self.warn(f"{name} cannot be written now ({e.strerror}); its lines wait")
 
     def sample(self, step: int, text: str) -> None:
-        """Keep a step's samples."""
-        fs.put_bytes(fs.join(self.url, "samples", f"{checkpoint.step_name(step)}.txt"), text.encode())
+        """Keep a step's samples, where the storage lets us."""
+        try:
+            fs.put_bytes(fs.join(self.url, "samples", f"{checkpoint.step_name(step)}.txt"), text.encode())
+        except StoreError as e:
+            self.warn(f"samples of step {step} were not kept: {e}")
 
     def publish(self) -> None:
-        """Mirror the logs to a remote --out."""
+        """Mirror the logs to a remote --out. Raises StoreError."""
         if not fs.is_local(self.url):
             for name in KEPT:
                 if (self.local / name).exists():
                     fs.put_file(fs.join(self.url, name), self.local / name)
+
+    def warn(self, message: str) -> None:
+        """One line on stderr."""
+        print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -20,6 +20,9 @@ from train.folder import RunFolder
 from train.precision import Machine
 from train.state import State
 
+QUIET_S = 30.0
+SMALLEST_SCALE = 2.0**-10  # 26 halvings from GradScaler's start: no healthy run comes near
+
 
 class TrainLog:
     """Collects losses on the device and reads them only when a line is due, so that the loop never waits for them."""
@@ -50,11 +53,23 @@ class TrainLog:
         self.waiting = []
         keys = ("step", "lr", "loss", "grad_norm")
         if rows:
-            self.folder.metrics([dict(zip(keys, row, strict=True)) for row in rows])
+            # JSON has no infinity: a scaled fp16 gradient that overflowed is null
+            rows_json = [[x if math.isfinite(x) else None for x in row] for row in rows]
+            self.folder.metrics([dict(zip(keys, row, strict=True)) for row in rows_json])
         return [row[2] for row in rows]
 
-    def finite(self, scaled: bool) -> bool:
-        """False when a waiting loss or gradient is not a number (a scaled fp16 gradient may be: its step is skipped)."""
+    def is_due(self, step: int, every: int) -> bool:
+        """True on every `every`-th step, and when a person has seen nothing for half a minute."""
+        return step % every == 0 or time.monotonic() - self.line_s - self.paused_s > QUIET_S
+
+    def finite(self, scaler: torch.amp.GradScaler) -> bool:
+        """False when a waiting loss or gradient is not a number.
+
+        A scaled fp16 gradient may overflow: its step is skipped and the scale halved, until the scale itself is nothing.
+        """
+        scaled = scaler.is_enabled()
+        if scaled and scaler.get_scale() < SMALLEST_SCALE:
+            return False
         if not self.waiting:
             return True
         losses = torch.stack([loss for _, _, loss, _ in self.waiting])

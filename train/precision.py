@@ -2,10 +2,13 @@
 
 import contextlib
 import importlib.util
+import os
+import shutil
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from cli.errors import UserError
 from gpt.model import GPTConfig, count_params
@@ -13,9 +16,12 @@ from train.config import TrainConfig
 
 # dense bf16/fp16 tensor-core peaks in FLOP/s, from the vendors' data sheets, by a part of the device name
 PEAK_FLOPS = {
-    "H200": 989e12, "H100": 989e12, "GH200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10G": 125e12,
+    "H200": 989e12, "H100": 989e12, "GH200": 989e12, "A100": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A10G": 125e12,
     "A10": 125e12, "V100": 125e12, "T4": 65e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "RTX 6000 Ada": 364e12,
 }  # fmt: skip
+
+
+MOST_TOKENS = 1 << 16  # in one micro-batch by default: GPUs are full well before
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,23 @@ class Machine:
         """Most GPU memory held at once since the start; None off CUDA."""
         return torch.cuda.max_memory_reserved(self.device) if self.device.type == "cuda" else None
 
+    def rng_tensors(self) -> dict[str, Tensor]:
+        """The random state that dropout draws from: the CPU's and the device's."""
+        state = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            state["cuda"] = torch.cuda.get_rng_state(self.device)
+        elif self.device.type == "mps":
+            state["mps"] = torch.mps.get_rng_state()
+        return state
+
+    def set_rng_tensors(self, state: dict[str, Tensor]) -> None:
+        """Put a random state back; that of another kind of device is left out."""
+        torch.set_rng_state(state["cpu"])
+        if self.device.type == "cuda" and "cuda" in state:
+            torch.cuda.set_rng_state(state["cuda"], self.device)
+        elif self.device.type == "mps" and "mps" in state:
+            torch.mps.set_rng_state(state["mps"])
+
     def synchronize(self) -> None:
         """Wait until the device has done what was asked of it, so that a clock can be read."""
         if self.device.type == "cuda":
@@ -68,14 +91,20 @@ def choose_machine(device: str, precision: str, compile: str) -> Machine:
     """The Machine that three flags mean here. Raises UserError for a device or format this machine lacks."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    kind = device.split(":")[0]
-    if kind not in ("cuda", "mps", "cpu"):
-        raise UserError(f"--device {device}: expected auto, cuda, mps or cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        chosen = None
+    if chosen is None or chosen.type not in ("cuda", "mps", "cpu"):
+        raise UserError(f"--device {device}: expected auto, cuda, cuda:1, mps or cpu")
+    kind = chosen.type
     if kind == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU here; choose a GPU runtime, or --device cpu")
     if kind == "mps" and not torch.backends.mps.is_available():
         raise UserError("--device mps: torch sees no Apple GPU here; use --device cpu")
-    capability = torch.cuda.get_device_capability() if kind == "cuda" else (0, 0)
+    if kind == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {device}: there are {torch.cuda.device_count()} GPUs here, counted from 0")
+    capability = torch.cuda.get_device_capability(chosen) if kind == "cuda" else (0, 0)
     if precision == "auto":
         precision = ("bf16" if capability >= (8, 0) else "fp16") if kind == "cuda" else "fp32"
     if precision == "bf16" and kind == "cuda" and capability < (8, 0):
@@ -87,8 +116,15 @@ def choose_machine(device: str, precision: str, compile: str) -> Machine:
                         "use a newer torch, or leave it to auto")  # fmt: skip
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
     torch.set_float32_matmul_precision("high")  # TF32 for what stays fp32 on Ampere and later
-    can_compile = kind == "cuda" and capability >= (7, 0) and importlib.util.find_spec("triton") is not None
-    return Machine(torch.device(device), dtype, compile == "on" or (compile == "auto" and can_compile))
+    can_compile = (
+        kind == "cuda"
+        and capability >= (7, 0)
+        and importlib.util.find_spec("triton") is not None
+        and any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang"))
+    )
+    if compile == "auto":
+        torch._dynamo.config.suppress_errors = True  # what cannot be compiled here runs as it is
+    return Machine(chosen, dtype, compile == "on" or (compile == "auto" and can_compile))
 
 
 def choose_micro_batch(config: TrainConfig, shape: GPTConfig, machine: Machine) -> int:
@@ -103,5 +139,5 @@ def choose_micro_batch(config: TrainConfig, shape: GPTConfig, machine: Machine) 
         fits = int(free / (per_token * shape.block_size))
     else:
         fits = 8192 // shape.block_size  # beyond this a CPU only loses cache
-    fits = max(1, min(fits, config.batch))
+    fits = max(1, min(fits, config.batch, MOST_TOKENS // shape.block_size))
     return next(m for m in range(fits, 0, -1) if config.batch % m == 0)

@@ -14,7 +14,8 @@ class StopSignal:
     def __init__(self) -> None:
         self.name: str | None = None
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, self._on_signal)
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup asked to be left alone
+                signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.name is not None:

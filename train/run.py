@@ -29,7 +29,7 @@ from train.log import TrainLog, describe, show_samples, summarize
 from train.precision import Machine, choose_machine, choose_micro_batch
 from train.preempt import STOPPED, StopSignal
 from train.schedule import learning_rate
-from train.state import State, new_state, restore, save_state
+from train.state import State, checkpoint_fits, new_state, restore, save_state
 from train.step import to_device, train_step, validation_loss
 
 DIVERGED = 3  # exit code: the loss or gradient is no longer a number; the last good checkpoint is intact
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     config = settings.with_places(config)
 
     folder = RunFolder(config.out, config.cache_folder)
-    found = checkpoint.load_newest(config.out, warn) if folder.is_a_run(resume=config.resume) else None
+    found = checkpoint.load_newest(config.out, folder.warn) if folder.is_a_run(resume=config.resume) else None
     if found:
         config = settings.merge_resumed(found.state["config"], config, given)
         settings.check(config)
@@ -56,12 +56,19 @@ def main(argv: list[str] | None = None) -> int:
     shape = settings.model_config(config, data.tokens.vocab_size)
     batches = Batches(data.train, block_size=config.block_size, batch=config.batch, seed=config.seed)
     total = settings.total_steps(config, batches.windows_per_epoch)
-    config = dataclasses.replace(config, micro_batch=choose_micro_batch(config, shape, machine))
+    config = dataclasses.replace(
+        config,
+        micro_batch=choose_micro_batch(config, shape, machine),
+        warmup=settings.warmup_steps(config, total),  # kept with the run: a longer one must not warm up again
+    )
+    if found:
+        checkpoint_fits(found, shape)
 
     torch.manual_seed(config.seed)
     state = new_state(config, shape, machine)
     if found:
-        restore(state, found)
+        restore(state, found, machine)
+        del found  # a second copy of weights and moments is not wanted while training
     folder.open(settings.stored_form(config), data.tokenizer.json_text, step=state.step)
     describe(config, shape, machine, data, folder, state, total)
     if state.step >= total:
@@ -93,7 +100,7 @@ def train(
     def save() -> None:
         nonlocal saved_step, saved_s
         state.elapsed_s = log.elapsed_s
-        save_state(config, state, data, folder)
+        save_state(config, state, data, folder, machine)
         saved_step, saved_s = state.step, time.monotonic()
 
     for host_ids in batches.ahead(state.step, total):
@@ -103,8 +110,10 @@ def train(
         lr = rate(config, state.step, total)
         loss, norm = train_step(
             model, forward, state.optimizer, state.scaler, ids,
-            micro_batch=config.micro_batch, lr=lr, clip=config.clip, machine=machine,
-        )  # fmt: skip
+            micro_batch=config.micro_batch, lr=lr, clip=config.clip, machine=machine, stop=stop,
+        ) or (None, None)  # fmt: skip
+        if loss is None:
+            break
         state.step += 1
         log.step(state.step, lr, loss, norm)
 
@@ -116,8 +125,8 @@ def train(
                 if new_val is not None:
                     state.val_loss = new_val
         save_due = last or due(state.step, config.save_every) or minutes_passed(saved_s, config.save_every_minutes)
-        if last or new_val is not None or save_due or due(state.step, config.log_every):
-            diverged = not log.finite(state.scaler.is_enabled())
+        if last or new_val is not None or save_due or log.is_due(state.step, config.log_every):
+            diverged = not log.finite(state.scaler)
             log.line(val_loss=new_val)
             if new_val is not None:
                 log.validation(state.step, new_val)
@@ -134,12 +143,12 @@ def train(
                     if last:
                         raise
                     # storage may come back: only the last save must hold, training does not stop for the others
-                    warn(f"checkpoint at step {state.step} failed, training goes on: {e}")
+                    folder.warn(f"checkpoint at step {state.step} failed, training goes on: {e}")
                     folder.event("save_failed", step=state.step, error=str(e))
                     saved_s = time.monotonic()
 
     stopped = state.step < total and stop()
-    if stopped and not log.finite(state.scaler.is_enabled()):
+    if stopped and not log.finite(state.scaler):
         diverged = True
     if diverged:
         folder.event("diverged", step=state.step)
@@ -179,11 +188,6 @@ def due(step: int, every: int) -> bool:
 def minutes_passed(since_s: float, minutes: float) -> bool:
     """True when that many minutes have gone by; never for 0."""
     return minutes > 0 and time.monotonic() - since_s >= 60 * minutes
-
-
-def warn(message: str) -> None:
-    """One line on stderr."""
-    print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

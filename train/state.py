@@ -9,12 +9,15 @@ from torch import Tensor
 from cli.progress import count
 from gpt.model import GPT, GPTConfig
 from store import fs
+from store.errors import DataError, StoreError
 from train import checkpoint
 from train.config import TrainConfig, stored_form
 from train.data import Data
 from train.folder import RunFolder
 from train.optim import load_optimizer_tensors, make_adamw, optimizer_tensors
 from train.precision import Machine
+
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # what AdamW keeps for each parameter
 
 
 @dataclass
@@ -29,6 +32,17 @@ class State:
     val_loss: float | None = None  # the last one measured
 
 
+def checkpoint_fits(found: checkpoint.Checkpoint, shape: GPTConfig) -> None:
+    """Raises DataError unless the checkpoint's tensors are of that shape, before a model of a shape it claims is built."""
+    weights = found.tensors["model.safetensors"]
+    blocks = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+    sizes = {name: tuple(weights[name].shape) for name in ("wte.weight", "wpe.weight") if name in weights}
+    expected = {"wte.weight": (shape.vocab_size, shape.n_embd), "wpe.weight": (shape.block_size, shape.n_embd)}
+    if blocks != shape.n_layer or sizes != expected:
+        raise DataError(f"{found.manifest.name}: its weights are not those of the model its settings describe: "
+                        "restore an older checkpoint, or give another --out")  # fmt: skip
+
+
 def new_state(config: TrainConfig, shape: GPTConfig, machine: Machine) -> State:
     """Fresh weights, the same on every machine for one seed: they are drawn on the CPU."""
     model = GPT(shape).to(machine.device)
@@ -39,7 +53,7 @@ def new_state(config: TrainConfig, shape: GPTConfig, machine: Machine) -> State:
     return State(model, optimizer, machine.grad_scaler())
 
 
-def save_state(config: TrainConfig, state: State, data: Data, folder: RunFolder) -> None:
+def save_state(config: TrainConfig, state: State, data: Data, folder: RunFolder, machine: Machine) -> None:
     """Commit the state as a checkpoint, mirror the logs before it, and thin out older ones."""
     start_s = time.monotonic()
     folder.publish()
@@ -52,7 +66,7 @@ def save_state(config: TrainConfig, state: State, data: Data, folder: RunFolder)
         tensors={
             "model.safetensors": state.model.state_dict(),
             "optimizer.safetensors": optimizer_tensors(state.model, state.optimizer),
-            "rng.safetensors": rng_tensors(),
+            "rng.safetensors": machine.rng_tensors(),
         },
         state={
             "step": state.step,
@@ -66,26 +80,44 @@ def save_state(config: TrainConfig, state: State, data: Data, folder: RunFolder)
             "torch": torch.__version__,
         },
     )
-    checkpoint.retain(folder.url, config.keep)
+    try:
+        checkpoint.retain(folder.url, config.keep)
+    except StoreError as e:  # the new step is committed: old ones that stay too long hurt nobody
+        folder.warn(f"old checkpoints could not be removed: {e}")
     n_bytes = sum(p["bytes"] for p in manifest.parts.values())
     folder.event("saved", step=state.step, bytes=n_bytes, seconds=round(time.monotonic() - start_s, 3))
     print(f"saved      {fs.redact(fs.join(folder.url, manifest.name))} ({count(n_bytes)}B)", flush=True)
 
 
-def restore(state: State, found: checkpoint.Checkpoint) -> None:
-    """Put a verified checkpoint into a fresh state of the same shape."""
-    state.model.load_state_dict(found.tensors["model.safetensors"])
-    load_optimizer_tensors(state.model, state.optimizer, found.tensors["optimizer.safetensors"])
+def restore(state: State, found: checkpoint.Checkpoint, machine: Machine) -> None:
+    """Put a verified checkpoint into a fresh state of the same shape. Raises DataError where it is not of that shape."""
+    weights, moments = found.tensors["model.safetensors"], found.tensors["optimizer.safetensors"]
+    same_tensors(weights, state.model.state_dict(), "model.safetensors")
+    # hashes prove that the bytes are the writer's, not that the writer was kind: a wrong shape would crash in native code
+    named = list(state.model.named_parameters())
+    expected = {f"{n}/{k}": p if k != "step" else torch.zeros(()) for n, p in named for k in MOMENTS}
+    same_tensors(moments, expected, "optimizer.safetensors")
+    rng, usual = found.tensors["rng.safetensors"], machine.rng_tensors()
+    same_tensors({k: t for k, t in rng.items() if k in usual}, {k: t for k, t in usual.items() if k in rng or k == "cpu"},
+                 "rng.safetensors")  # fmt: skip
+    state.model.load_state_dict(weights)
+    load_optimizer_tensors(state.model, state.optimizer, moments)
     if state.scaler.is_enabled() and found.state["scaler"]:
-        state.scaler.load_state_dict(found.state["scaler"])
+        try:
+            state.scaler.load_state_dict(found.state["scaler"])
+        except (KeyError, TypeError, RuntimeError) as e:
+            raise DataError(f"state.json: not the state of a GradScaler ({e!r})") from e
     state.step, state.elapsed_s = found.state["step"], found.state["elapsed_s"]
     state.val_loss = found.state["val_loss"]
-    rng = found.tensors["rng.safetensors"]
-    torch.set_rng_state(rng["cpu"])
-    if "cuda" in rng and torch.cuda.is_available():
-        torch.cuda.set_rng_state(rng["cuda"])
+    machine.set_rng_tensors(rng)
 
 
-def rng_tensors() -> dict[str, Tensor]:
-    """The random state that dropout draws from."""
-    return {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+def same_tensors(found: dict[str, Tensor], expected: dict[str, Tensor], where: str) -> None:
+    """Raises DataError unless both have the same names, shapes and dtypes."""
+    wrong = sorted(found.keys() ^ expected.keys()) or [
+        n for n, t in expected.items() if (found[n].shape, found[n].dtype) != (t.shape, t.dtype)
+    ]
+    if wrong:
+        raise DataError(
+            f"{where}: tensor {wrong[0]!r} is not what this model has: the checkpoint is of another program"
+        )

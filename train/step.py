@@ -15,23 +15,30 @@ def to_device(ids: np.ndarray, machine: Machine) -> Tensor:
     signed, mask = (np.int16, 0xFFFF) if ids.dtype.itemsize == 2 else (np.int32, 0xFFFFFFFF)
     host = torch.from_numpy(ids.view(signed))
     if machine.device.type == "cuda":
-        host = host.pin_memory()
-    return host.to(machine.device, non_blocking=True).long() & mask
+        return host.pin_memory().to(machine.device, non_blocking=True).long() & mask
+    return host.to(machine.device).long() & mask  # elsewhere a copy that does not wait can read freed memory (MPS)
 
 
 def train_step(
     model: nn.Module, forward: Callable[[Tensor, Tensor], Tensor], optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler, ids: Tensor, *, micro_batch: int, lr: float, clip: float, machine: Machine,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    stop: Callable[[], bool],
+) -> tuple[Tensor, Tensor] | None:  # fmt: skip
     """Forward and backward over micro-batches of `ids` (batch, block + 1), clip, step.
 
     `forward` is the model or its compiled form. Returns the mean loss and the gradient norm before clipping, () fp32 on
-    the device: reading them is left to the caller, because it makes the host wait.
+    the device: reading them is left to the caller, because it makes the host wait. None when `stop` said to leave between
+    two micro-batches: then nothing has changed, and the step is still to be done.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
     loss = torch.zeros((), device=machine.device)
+    before = machine.rng_tensors()
     for part in ids.split(micro_batch):
+        if stop():  # a step of many micro-batches can last longer than the grace before the kill
+            optimizer.zero_grad(set_to_none=True)
+            machine.set_rng_tensors(before)
+            return None
         with machine.autocast():
             # the last micro-batch may be smaller: each counts by its sequences, so any micro-batch gives the same mean
             part_loss = forward(part[:, :-1], part[:, 1:]) * (len(part) / len(ids))
