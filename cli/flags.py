@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import errno
 import logging
+import math
 import os
 import re
 import sys
@@ -35,9 +36,19 @@ def number(text: str) -> int:
     if not m or unit not in UNITS:
         raise ValueError(f"{text!r} is not a number such as 300, 2.5G or 50MB")
     value = Decimal(m[1].replace("_", "")) * UNITS[unit]  # float would change a large seed
+    if value >= 2**63:
+        raise ValueError(f"{text!r} is too large")
     if value != int(value):
         raise ValueError(f"{text!r} is not a whole number")
     return int(value)
+
+
+def real(text: str) -> float:
+    """A finite float. Raises ValueError."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError
+    return value
 
 
 class _Parser(argparse.ArgumentParser):
@@ -87,7 +98,7 @@ def parse(config_type: type[C], argv: Sequence[str] | None, *, prog: str, descri
             if typing.get_origin(hint) is tuple:
                 options["nargs"] = "+"
                 hint = typing.get_args(hint)[0]
-            convert = f.metadata["parse"] or (number if hint is int else hint)
+            convert = f.metadata["parse"] or {int: number, float: real}.get(hint, hint)
             options["type"] = _named(convert, hint)
             options["metavar"] = {int: "N", float: "X", str: "TEXT"}.get(hint, "VALUE")
         parser.add_argument("--" + f.name.replace("_", "-"), **options)
@@ -108,13 +119,45 @@ def _named(convert: Callable[[str], Any], hint: type) -> Callable[[str], Any]:
             return convert(text)
         except (ValueError, TypeError) as e:
             plain = f"{text!r} is not {'a whole number' if hint is int else 'a number' if hint is float else 'valid'}"
-            raise argparse.ArgumentTypeError(str(e) if convert not in (int, float) else plain) from e
+            raise argparse.ArgumentTypeError(str(e) if convert is not real else plain) from e
 
     return read
 
 
-def run(main: Callable[[], int | None]) -> NoReturn:
-    """Run a program's `main` and exit: 0 or its own code; 2 with one line for what a user can set right."""
+class _PatientStdout:
+    """stdout that a job outlives: once nobody reads it (a closed pipe, a lost terminal), what is printed goes nowhere."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        self._try(lambda: self.stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self.stream.flush)
+
+    def _try(self, action: Callable[[], Any]) -> None:
+        try:
+            action()
+        except OSError as e:
+            if e.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def run(main: Callable[[], int | None], *, outlives_stdout: bool = False) -> NoReturn:
+    """Run a program's `main` and exit: 0 or its own code; 2 with one line for what a user can set right.
+
+    With `outlives_stdout` a reader that goes away (`| head`, a lost ssh) does not end the program.
+    """
+    if sys.stdout is None:  # closed by the caller: `>&-`
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the life of the process
+    if outlives_stdout:
+        sys.stdout = _PatientStdout(sys.stdout)  # type: ignore[assignment]
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it prints tracebacks of faults that store.retry deals with
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
@@ -131,8 +174,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
             raise
-        print(f"error: {e.filename or 'storage'}: {e.strerror}; make room or choose another folder, "
-              "then run the same command again", file=sys.stderr)  # fmt: skip
+        print(f"error: {e.filename or 'storage'}: {e.strerror}; make room, "
+              "then run the same command with --resume", file=sys.stderr)  # fmt: skip
         code = 2
     try:
         sys.stdout.flush()

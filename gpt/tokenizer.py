@@ -69,8 +69,8 @@ class Tokenizer:
         self.end_of_text, self.end_of_turn = self.special_ids[END_OF_TEXT], self.special_ids[END_OF_TURN]
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text; never a special id."""
-        return self.reference.encode(text, add_special_tokens=False).ids
+        """Ids of a text; never a special id. Half a surrogate pair, which no UTF-8 can hold, is encoded as "?"."""
+        return self.reference.encode(text.encode("utf-8", "replace").decode(), add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """(all ids, (n,) uint32; ids of each text, (len(texts),) int64): the reference for any faster engine."""

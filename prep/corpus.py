@@ -1,8 +1,8 @@
 """Documents from any file, folder, glob or URL, planned as byte ranges that are independent of each other.
 
-A plan is a list of tasks in a fixed order. A task is a byte range of one file; a record belongs to the task in whose
-range it begins, so that every record is read exactly once whatever the ranges. Compressed files cannot be entered in
-the middle: they are one task each.
+A plan is a list of tasks in a fixed order. A task is a byte range of one file, or many small files; a record belongs to
+the range it begins in, so that every record is read exactly once whatever the ranges. Compressed files cannot be
+entered in the middle: each is one range.
 """
 
 import bz2
@@ -53,14 +53,26 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Task:
-    """Bytes [start, stop) of a source. A compressed source has one task, of at most `limit` unpacked bytes."""
+class Piece:
+    """Bytes [start, stop) of a source. A compressed source is one piece, of at most `limit` unpacked bytes."""
 
-    index: int
     source: Source
     start: int
     stop: int
     limit: int | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """Work of about TASK_BYTES: one piece of a large file, or many small files together."""
+
+    index: int
+    pieces: tuple[Piece, ...]
+
+    @property
+    def size(self) -> int:
+        """Stored bytes."""
+        return sum(p.stop - p.start for p in self.pieces)
 
 
 # ---- planning -------------------------------------------------------------------------------------------------------
@@ -117,16 +129,22 @@ def _inspect(url: str, size: int) -> Source:
 
 def plan(sources: list[Source], limit: int | None = None) -> list[Task]:
     """Cut sources into tasks, in order; `limit` stops after about that many bytes of text, for a trial."""
-    tasks: list[Task] = []
+    pieces: list[Piece] = []
     left = limit if limit is not None else sum(s.size for s in sources)
     for source in sources:
         size = min(source.size, left)
-        step = TASK_BYTES if source.compression is None else max(source.size, 1)
-        for start in range(0, size, step):
-            unpacked = left if limit is not None and source.compression else None
-            tasks.append(Task(len(tasks), source, start, min(start + step, size), unpacked))
+        step = TASK_BYTES if source.compression is None else source.size
+        unpacked = left if limit is not None and source.compression else None
+        pieces += [Piece(source, start, min(start + step, size), unpacked) for start in range(0, size, step)]
         left -= size
-    return tasks
+    tasks: list[Task] = []
+    together: list[Piece] = []
+    for piece in pieces:
+        if together and sum(p.stop - p.start for p in together) + piece.stop - piece.start > TASK_BYTES:
+            tasks.append(Task(len(tasks), tuple(together)))
+            together = []
+        together.append(piece)
+    return [*tasks, Task(len(tasks), tuple(together))] if together else tasks
 
 
 # ---- reading a task -------------------------------------------------------------------------------------------------
@@ -185,15 +203,15 @@ def _read_up_to(f: BinaryIO, n: int, url: str) -> bytes:
     return b"".join(pieces)
 
 
-def read_chunks(task: Task) -> Iterator[bytes]:
-    """The task's records as byte chunks of at most MAX_CHUNK_BYTES, each made of whole records where they fit."""
-    source, boundary = task.source, BOUNDARY[task.source.kind]
+def read_chunks(piece: Piece) -> Iterator[bytes]:
+    """The piece's records as byte chunks of at most MAX_CHUNK_BYTES, each made of whole records where they fit."""
+    source, boundary = piece.source, BOUNDARY[piece.source.kind]
     with _open(source.url, source.compression) as f:
         if source.compression:
-            yield from _stream_chunks(f, source.url, boundary, task.limit)
+            yield from _stream_chunks(f, source.url, boundary, piece.limit)
             return
-        first = _record_start(f, task.start, source, boundary)
-        last = _record_start(f, task.stop, source, boundary)
+        first = _record_start(f, piece.start, source, boundary)
+        last = _record_start(f, piece.stop, source, boundary)
         f.seek(first)
         while first < last:
             chunk = _read_up_to(f, min(last - first, MAX_CHUNK_BYTES), source.url)

@@ -37,7 +37,7 @@ class Cleaned:
 def clean_corpus(tasks: list[corpus.Task], work: Path, *, rule_set: str, pool: Pool) -> Cleaned:
     """Read, cut into documents, clean, drop, hash."""
     counts, examples, done = Counter(), {}, []
-    with Meter("clean", sum(t.stop - t.start for t in tasks), "B") as meter:
+    with Meter("clean", sum(t.size for t in tasks), "B") as meter:
         jobs = ((task, work, rule_set) for task in tasks)
         for task, marker in zip(tasks, pool.run(clean_task, jobs), strict=True):
             counts.update(marker["counts"])
@@ -45,37 +45,45 @@ def clean_corpus(tasks: list[corpus.Task], work: Path, *, rule_set: str, pool: P
                 known = examples.setdefault(reason, [])
                 known += found[: EXAMPLES_PER_REASON - len(known)]
             done += [work / name for name in marker["files"] if name.endswith(".zst")]
-            meter.add(task.stop - task.start, f"{counts['kept']} documents kept")
+            meter.add(task.size, f"{counts['kept']} documents kept")
     return Cleaned(done, counts, examples)
 
 
 def clean_task(task: corpus.Task, work: Path, rule_set: str) -> dict:
-    """One byte range -> cleaned parts and their marker."""
+    """One task -> cleaned parts and their marker."""
     marker_path = work / f"clean-{task.index:06d}.json"
     if marker := parts.load_marker(marker_path):
         return marker
     rules, counts, examples, files = cleaning.RULES[rule_set], Counter(), {}, []
-    for number, chunk in enumerate(corpus.read_chunks(task)):
-        text, invalid = corpus.decode(chunk, strict=rule_set == "strict", where=fs.redact(task.source.url))
-        counts["bytes"] += len(chunk)
-        counts["invalid_utf8"] += invalid
-        kept = []
-        for record in corpus.documents(text, task.source.kind):
+    waiting: list[corpus.Document] = []
+    waiting_bytes = 0
+
+    def write() -> None:
+        nonlocal waiting, waiting_bytes
+        documents = parts.Documents.build(waiting)
+        counts.update(kept=len(waiting), kept_bytes=len(documents.text), turns=len(documents.turn_role))
+        counts["chat"] += sum(document[0][0] is not None for document in waiting)
+        files.extend(parts.save_documents(work / f"clean-{task.index:06d}-{len(files) // 2:04d}.zst", documents))
+        waiting, waiting_bytes = [], 0
+
+    for piece, chunk in ((p, c) for p in task.pieces for c in corpus.read_chunks(p)):
+        where = fs.redact(piece.source.url)
+        text, invalid = corpus.decode(chunk, strict=rule_set == "strict", where=where)
+        counts.update(bytes=len(chunk), invalid_utf8=invalid)
+        for record in corpus.documents(text, piece.source.kind):
             counts["documents"] += 1
             document = record if isinstance(record, str) else _clean_document(record, rules)
-            if isinstance(document, str):
-                counts[f"dropped_{document}"] += 1
-                if len(examples.setdefault(document, [])) < EXAMPLES_PER_REASON and not isinstance(record, str):
-                    examples[document].append("\n".join(t for _, t in record)[:200])
-            else:
-                kept.append(document)
-        counts["kept"] += len(kept)
-        if kept:
-            documents = parts.Documents.build(kept)
-            counts["kept_bytes"] += len(documents.text)
-            counts["turns"] += len(documents.turn_role)
-            counts["chat"] += sum(document[0][0] is not None for document in kept)
-            files += parts.save_documents(work / f"clean-{task.index:06d}-{number:04d}.zst", documents)
+            if isinstance(document, list):
+                waiting.append(document)
+                continue
+            counts[f"dropped_{document}"] += 1
+            if len(examples.setdefault(document, [])) < EXAMPLES_PER_REASON and isinstance(record, list):
+                examples[document].append("\n".join(said for _, said in record)[:200])
+        waiting_bytes += len(chunk)
+        if waiting and waiting_bytes >= corpus.TASK_BYTES:  # a compressed file is one task and many parts
+            write()
+    if waiting:
+        write()
     return parts.save_marker(marker_path, {"counts": dict(counts), "examples": examples}, files)
 
 

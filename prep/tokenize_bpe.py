@@ -16,6 +16,7 @@ import hashlib
 import json
 import platform
 import resource
+import shlex
 import shutil
 import time
 from collections import Counter
@@ -31,6 +32,7 @@ from gpt.tokenizer import SPLIT_PATTERNS, Tokenizer
 from prep import bpe, corpus, encode, parts, stages
 from prep.pool import Pool, usable_cpus
 from store import fs
+from store.errors import StoreError
 from store.shards import TokenShards, default_cache, dtype_for, write_metadata
 
 
@@ -59,14 +61,17 @@ class Settings:
     resume: bool = flag(False, "go on with an interrupted run; the same command is right the first time too")
 
 
+LOCK = ".lock"
 FREE = {"workers", "work_dir", "resume", "output", "input"}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run preparation. Raises one of USER_ERRORS for what a user can set right; then nothing new is left behind."""
     start_s = time.monotonic()
-    settings, _ = flags.parse(Settings, argv, prog="tokenize_bpe.py", description=__doc__.split("\n")[0])
+    settings, given = flags.parse(Settings, argv, prog="tokenize_bpe.py", description=__doc__.split("\n")[0])
     check(settings)
+    if settings.tokenizer and "vocab_size" in given:
+        raise UserError("--vocab-size is the given --tokenizer's: leave one of the two out")
     sources = corpus.find_sources(settings.input)
     output = settings.output or default_output(settings.input[0])
     trainer = "given" if settings.tokenizer else bpe.choose_trainer(settings.trainer)
@@ -80,12 +85,16 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with Pool(settings.workers or usable_cpus()) as pool:
             report = build(settings, sources, output, work, pool, job, trainer, given_tokenizer)
-    except USER_ERRORS:
-        if created:  # a fresh run that cannot succeed leaves nothing half-made; a resumed one keeps what it had
+    except USER_ERRORS as e:
+        # a fresh run that cannot succeed leaves nothing half-made; one whose storage failed can go on with --resume
+        if created and not isinstance(e, StoreError):
             shutil.rmtree(work, ignore_errors=True)
             remove_shards(output)
         raise
+    except KeyboardInterrupt:
+        raise UserError("stopped; the same command with --resume goes on") from None
     shutil.rmtree(work, ignore_errors=True)
+    fs.let_go()
     show_summary(output, report, time.monotonic() - start_s)
     return 0
 
@@ -97,13 +106,13 @@ def build(
     """The visible sequence of stages. Returns the report."""
     tasks = corpus.plan(sources, settings.limit)
     kinds = Counter(s.kind for s in sources)
-    print(f"input      {len(sources)} file{'s' * (len(sources) != 1)}, {count(sum(t.stop - t.start for t in tasks))}B "
+    print(f"input      {len(sources)} file{'s' * (len(sources) != 1)}, {count(sum(t.size for t in tasks))}B "
           f"({', '.join(f'{n} {k}' for k, n in kinds.items())}); {pool.workers} workers", flush=True)  # fmt: skip
 
     cleaned = stages.clean_corpus(tasks, work, rule_set=settings.clean, pool=pool)
     if not cleaned.counts["kept"]:
-        raise UserError(f"{', '.join(settings.input)}: no documents left of {cleaned.counts['documents']} "
-                        f"({dropped(cleaned.counts) or 'the corpus is empty'}); try --clean light")  # fmt: skip
+        why = f"all {cleaned.counts['documents']} documents were dropped ({dropped(cleaned.counts)}); try --clean light"
+        raise UserError(f"{', '.join(settings.input)}: {why if cleaned.counts['documents'] else 'the corpus is empty'}")
     selection = stages.select(
         cleaned,
         deduplicate=settings.dedup == "exact",
@@ -179,7 +188,7 @@ def make_tokenizer(
 
 def check(settings: Settings) -> None:
     """Refuse settings that cannot be meant, before anything is read."""
-    if not settings.input:
+    if not all(i.strip() for i in settings.input or ("",)):
         raise UserError("--input is missing: name a file, folder, glob or URL (.txt or .jsonl)")
     if settings.vocab_size < bpe.MIN_VOCAB and not settings.tokenizer:
         raise UserError(
@@ -262,6 +271,7 @@ def open_work_folder(work: Path, output: str, job: dict[str, Any], resume: bool)
     """Make or re-enter the work folder. Returns True when it is new."""
     job_path = work / "job.json"
     if job_path.exists():
+        fs.hold(work / LOCK)
         if not resume:
             raise UserError(f"{fs.redact(output)}: holds an unfinished run: add --resume to go on, or delete it")
         same_job(json.loads(job_path.read_bytes()), job, output)
@@ -269,6 +279,7 @@ def open_work_folder(work: Path, output: str, job: dict[str, Any], resume: bool)
     others = [e.name for e in fs.list_folder(output) if e.name != ".prep"]
     if others:
         raise UserError(f"{fs.redact(output)}: exists and holds something else ({others[0]}): give another --output")
+    fs.hold(work / LOCK)
     fs.put_bytes(str(job_path), json.dumps(job).encode())
     return True
 
@@ -318,14 +329,14 @@ def show_summary(output: str, report: dict[str, Any], elapsed_s: float) -> None:
     if counts["invalid_utf8"]:
         print(f"warning: {counts['invalid_utf8']} invalid UTF-8 sequences were replaced by U+FFFD", file=sys.stderr)
     print(f"tokens     {train['tokens']:,} train, {val['tokens']:,} val in {count(stored)}B "
-          f"({2 * tokens / max(stored, 1):.2f}x smaller than uint16); "
+          f"({stored / max(tokens, 1):.2f} bytes each); "
           f"{counts['kept_bytes'] / max(tokens, 1):.2f} bytes of text per token")  # fmt: skip
     unit = 1 if platform.system() == "Darwin" else 1024  # ru_maxrss: bytes there, KiB here
     peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) * unit
     print(f"done       in {duration(elapsed_s)}, {count(counts['bytes'] / elapsed_s)}B/s; "
           f"largest process {count(peak)}B of memory")  # fmt: skip
-    print(f"next       python train/run.py --data {fs.redact(output)} --resume", flush=True)
+    print(f"next       python train/run.py --data {shlex.quote(fs.redact(output))} --resume", flush=True)
 
 
 if __name__ == "__main__":
-    flags.run(main)
+    flags.run(main, outlives_stdout=True)

@@ -4,6 +4,7 @@ from cli.errors import UserError
 from gpt.model import GPT, GPTConfig
 from gpt.tokenizer import Tokenizer
 from store import fs
+from store.errors import DataError
 from train import checkpoint
 from train.precision import choose_machine
 from train.state import checkpoint_fits, same_tensors
@@ -18,7 +19,11 @@ def load_model(run: str, *, device: str = "auto", step: int | None = None) -> tu
     if not manifests:
         wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
         raise UserError(f"{fs.redact(run)}: {wanted} there: name a run folder, the --out of train/run.py, with --run")
-    found = checkpoint.load(run, manifests[-1], ("model.safetensors", "state.json"))
+    try:
+        found = checkpoint.load(run, manifests[-1], ("model.safetensors", "state.json"))
+    except DataError as e:
+        older = f"; --step {manifests[-2].step} is the one before" if len(manifests) > 1 else ""
+        raise UserError(f"{fs.redact(run)}: checkpoint {manifests[-1].name} is damaged ({e}){older}") from e
     try:
         shape = GPTConfig(**found.state["model"])
     except TypeError as e:

@@ -15,7 +15,10 @@ from store.errors import NotFound, StoreError
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-RETRY_FOR_S = float(os.environ.get("PERENNIAL_RETRY_FOR_S", "600"))  # gcsfs alone gives up after about 33 s
+try:
+    RETRY_FOR_S = float(os.environ["PERENNIAL_RETRY_FOR_S"])
+except (KeyError, ValueError):
+    RETRY_FOR_S = 600.0  # gcsfs alone gives up after about 33 s
 DRIVERS = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "s3a": "s3fs", "http": "aiohttp", "https": "aiohttp"}
 # Local faults that pass: a network mount that dropped or lagged. A full or read-only disk does not pass by waiting.
 TRANSIENT_ERRNOS = {
@@ -87,7 +90,7 @@ def attempt(url: str, action: str, work: Callable[[], T]) -> T:
         raise StoreError(f"{redact(url)}: this storage cannot {action}") from e
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StoreError(f"{redact(url)}: no space left; free some and run the same command again") from e
+            raise StoreError(f"{redact(url)}: no space left; free some and run the same command with --resume") from e
         raise StoreError(f"{redact(url)}: cannot {action}: {e.strerror or _one_line(e)}") from e
     except Exception as e:  # a driver's own exception types: still one line, the cause is chained for debugging
         raise StoreError(f"{redact(url)}: cannot {action}: {_one_line(e)}") from e

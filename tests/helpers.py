@@ -11,6 +11,7 @@ import pytest
 
 from cli.errors import USER_ERRORS
 from prep import tokenize_bpe
+from store import fs
 from train import checkpoint, run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,7 +19,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def prepare(*arguments: object) -> int:
     """prep/tokenize_bpe.py in this process, one worker."""
-    return tokenize_bpe.main([*map(str, arguments), "--workers", "1"])
+    try:
+        return tokenize_bpe.main([*map(str, arguments), "--workers", "1"])
+    finally:
+        fs.let_go()
 
 
 def train(*arguments: object) -> int:
@@ -27,6 +31,7 @@ def train(*arguments: object) -> int:
     try:
         return run.main([*map(str, arguments)])
     finally:
+        fs.let_go()
         for number, handler in handlers.items():
             signal.signal(number, handler)
 

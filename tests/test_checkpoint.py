@@ -96,13 +96,29 @@ def test_damage_is_detected_set_aside_and_the_older_step_used(tmp_path, part, da
     assert load(tmp_path)[1] == []  # said once, settled
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_step_without_a_whole_manifest_does_not_exist(tmp_path, damage):
+@pytest.mark.parametrize("damage", [d for d in DAMAGES if d != "missing"])
+def test_a_damaged_manifest_is_reported_and_set_aside_too(tmp_path, damage):
     save(tmp_path, 10)
     save(tmp_path, 20)
     DAMAGES[damage](tmp_path / "step-00000020" / "MANIFEST.json", tmp_path / "step-00000010" / "MANIFEST.json")
     assert [m.step for m in checkpoint.committed(str(tmp_path))] == [10]
-    assert load(tmp_path)[0].manifest.step == 10
+    found, warnings = load(tmp_path)
+    assert found.manifest.step == 10
+    assert len(warnings) == 1
+    assert "step-00000020 is damaged (MANIFEST.json is not whole)" in warnings[0]
+    DAMAGES[damage](tmp_path / "step-00000010" / "MANIFEST.json", tmp_path / "step-00000010" / "state.json")
+    for _ in range(2):  # and it stays refused
+        with pytest.raises(DataError, match="every checkpoint is damaged"):
+            load(tmp_path)
+
+
+def test_a_step_without_a_manifest_does_not_exist(tmp_path):
+    save(tmp_path, 10)
+    save(tmp_path, 20)
+    (tmp_path / "step-00000020" / "MANIFEST.json").unlink()
+    assert [m.step for m in checkpoint.committed(str(tmp_path))] == [10]
+    found, warnings = load(tmp_path)
+    assert (found.manifest.step, warnings) == (10, [])  # what a killed save leaves is no damage
 
 
 def test_no_flipped_bit_of_a_manifest_goes_unnoticed(tmp_path):
@@ -126,7 +142,7 @@ def test_all_damaged_is_refused_and_never_a_fresh_start(tmp_path):
     for step in (10, 20):
         save(tmp_path, step)
         flip_bit(tmp_path / checkpoint.step_name(step) / "model.safetensors", tmp_path)
-    with pytest.raises(DataError, match=r"every checkpoint is damaged \(2 set aside"):
+    with pytest.raises(DataError, match="every checkpoint is damaged and set aside"):
         load(tmp_path)
 
 

@@ -18,8 +18,8 @@ def read(path, task_bytes=None, monkeypatch=None):
         monkeypatch.setattr(corpus, "TASK_BYTES", task_bytes)
     (source,) = corpus.find_sources((str(path),))
     records = []
-    for task in corpus.plan([source]):
-        for chunk in corpus.read_chunks(task):
+    for piece in (p for t in corpus.plan([source]) for p in t.pieces):
+        for chunk in corpus.read_chunks(piece):
             records += corpus.documents(corpus.decode(chunk, strict=False, where="")[0], source.kind)
     return records
 
@@ -112,7 +112,7 @@ def test_limit_counts_unpacked_text(tmp_path, monkeypatch):
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(CHAT.encode()))
     sources = corpus.find_sources((str(tmp_path / "a.txt.gz"),))
     (task,) = corpus.plan(sources, limit=3000)
-    assert 2000 < sum(map(len, corpus.read_chunks(task))) <= 3000
+    assert 2000 < sum(map(len, corpus.read_chunks(task.pieces[0]))) <= 3000
 
 
 def test_one_huge_record_is_read_in_bounded_pieces(tmp_path, monkeypatch):
@@ -121,7 +121,7 @@ def test_one_huge_record_is_read_in_bounded_pieces(tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
     path.write_text("x" * 50_000 + "\n\nend")
     (source,) = corpus.find_sources((str(path),))
-    chunks = [c for t in corpus.plan([source]) for c in corpus.read_chunks(t)]
+    chunks = [c for t in corpus.plan([source]) for p in t.pieces for c in corpus.read_chunks(p)]
     assert b"".join(chunks) == path.read_bytes()
     assert max(map(len, chunks)) <= 4000
 
@@ -139,6 +139,13 @@ def test_find_sources(tmp_path):
     assert names(tmp_path / "*.txt", tmp_path / "b.txt") == ["b.txt"]  # each once
     assert names(tmp_path / "image.png") == ["image.png"]  # named by hand: taken as text if it is
     assert "no text found" in error_of(corpus.find_sources, (str(tmp_path / "*.csv"),))
+
+
+def test_small_files_are_worked_on_together(tmp_path):
+    for i in range(300):
+        (tmp_path / f"{i:03}.txt").write_text(f"User: question {i}\nAssistant: answer {i}\n")
+    (task,) = corpus.plan(corpus.find_sources((str(tmp_path),)))
+    assert [p.source.url[-7:] for p in task.pieces] == [f"{i:03}.txt" for i in range(300)]
 
 
 def test_kind_is_seen_in_the_text(tmp_path):

@@ -310,6 +310,42 @@ def test_a_signal_between_micro_batches_leaves_at_once_and_changes_nothing(data,
     assert result(tmp_path / "killed") == result(tmp_path / "quiet")
 
 
+def test_a_second_trainer_in_one_folder_is_refused(data, tmp_path):
+    flags = ("--data", data, *SMALL, "--resume", "--out", tmp_path / "out", "--log-every", 1)
+    first = start("train/run.py", *flags, "--steps", 100_000)
+    assert wait_for_step(tmp_path / "out", 3, first)
+    assert "another process is writing there" in error_of(train, *flags, "--steps", 5)
+    first.kill()
+    first.wait()
+    assert train(*flags, "--steps", 5) == 0  # a killed trainer holds nothing
+
+
+def test_a_reader_that_goes_away_does_not_end_training(data, tmp_path):
+    import subprocess
+
+    line = command("train/run.py", "--data", data, "--steps", 40, *SMALL, "--out", tmp_path / "out", "--log-every", 1)
+    process = subprocess.Popen(line, stdout=subprocess.PIPE)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(60) == 0
+    assert checkpoint.committed(str(tmp_path / "out"))[-1].step == 40
+
+
+def test_begun_without_a_checkpoint_it_goes_on_with_its_settings(data, tmp_path, monkeypatch):
+    train_until_killed(monkeypatch, 3, "--data", data, "--steps", 6, *SMALL, "--resume", "--out", tmp_path / "out")
+    assert train("--data", data, "--resume", "--out", tmp_path / "out", "--lr", 1e-4) == 0
+    found = checkpoint.load(str(tmp_path / "out"), checkpoint.committed(str(tmp_path / "out"))[-1])
+    assert (found.state["model"]["n_embd"], found.state["config"]["lr"], found.state["step"]) == (32, 1e-4, 6)
+
+
+def test_a_lost_config_json_does_not_lose_the_checkpoints(data, tmp_path):
+    flags = ("--data", data, *SMALL, "--resume", "--out", tmp_path / "out")
+    assert train(*flags, "--steps", 4) == 0
+    (tmp_path / "out" / "config.json").unlink()
+    assert train(*flags, "--steps", 8) == 0
+    assert [m["step"] for m in result(tmp_path / "out")["metrics"] if "loss" in m] == list(range(1, 9))
+
+
 def test_nohup_is_respected(data, tmp_path):
     import subprocess
 

@@ -212,7 +212,7 @@ def bad_runs(data, corpus, tmp_path):
         "impossible shape": (("--n-embd", 30, "--n-head", 4), "n_embd=30 is no multiple of n_head=4"),
         "two run lengths": (("--epochs", 1), "give only one of"),
         "negative": (("--lr", -1), "--lr -1.0: expected 0 or more"),
-        "no such device": (("--device", "tpu"), "expected auto, cuda, mps or cpu"),
+        "no such device": (("--device", "tpu"), "expected auto, cuda, cuda:1, mps or cpu"),
         "no GPU here": (("--device", "cuda"), "torch sees no GPU here") if not torch.cuda.is_available() else (("--lr", -1), "--lr"),
         "fp16 on a CPU": (("--precision", "fp16"), "a CPU has no fast fp16"),
         "out is a file": (("--out", tmp_path / "file"), "is a file"),

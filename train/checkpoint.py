@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import re
+import secrets
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -28,6 +29,10 @@ MANIFEST = "MANIFEST.json"
 TENSOR_PARTS = ("model.safetensors", "optimizer.safetensors", "rng.safetensors")
 PARTS = (*TENSOR_PARTS, "state.json")
 STEP_NAME = re.compile(r"step-(\d{8,})")
+
+
+class NewerFormat(DataError):
+    """A checkpoint that a later version of the program wrote: sound, and not to be touched."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,7 @@ def read_manifest(out: str, name: str) -> Manifest | None:
         if data["format"] != FORMAT or data.pop("sha256") != _manifest_hash(data):
             return None
         if data["version"] > VERSION:
-            raise DataError(f"{fs.redact(fs.join(out, name))}: checkpoint format {data['version']} is newer than this "
+            raise NewerFormat(f"{fs.redact(fs.join(out, name))}: checkpoint format {data['version']} is newer than this "
                             f"program's {VERSION}: update the program")  # fmt: skip
         manifest = Manifest(**data)
         whole = set(manifest.parts) == set(PARTS) and all(
@@ -170,16 +175,24 @@ def load_newest(out: str, warn: Callable[[str], None]) -> Checkpoint | None:
 
     None when no step was ever committed. Raises DataError when steps exist and none is sound: never a silent restart.
     """
-    manifests = committed(out)
-    for manifest in reversed(manifests):
+    damaged = 0
+    for name in sorted(_step_names(out), reverse=True):
+        if not fs.exists(fs.join(out, name, MANIFEST)):
+            continue  # a save that was killed: it was never promised
         try:
+            manifest = read_manifest(out, name)
+            if manifest is None:
+                raise DataError(f"{MANIFEST} is not whole")
             return load(out, manifest)
         except DataError as e:
-            aside = fs.join(out, "quarantine", f"{manifest.name}-{hashlib.sha256(str(e).encode()).hexdigest()[:8]}")
-            warn(f"checkpoint {manifest.name} is damaged ({e}); set aside as {fs.redact(aside)}")
-            fs.move_folder(fs.join(out, manifest.name), aside)
-    if manifests:
-        raise DataError(f"{fs.redact(out)}: every checkpoint is damaged ({len(manifests)} set aside under quarantine/): "
+            if isinstance(e, NewerFormat):
+                raise
+            damaged += 1
+            aside = fs.join(out, "quarantine", f"{name}-{secrets.token_hex(4)}")
+            warn(f"checkpoint {name} is damaged ({e}); set aside as {fs.redact(aside)}")
+            fs.move_folder(fs.join(out, name), aside)
+    if damaged or any(STEP_NAME.match(e.name) for e in fs.list_folder(fs.join(out, "quarantine"))):
+        raise DataError(f"{fs.redact(out)}: every checkpoint is damaged and set aside under quarantine/: "
                         "restore one, or start again with another --out")  # fmt: skip
     return None
 

@@ -134,13 +134,15 @@ def check(config: TrainConfig) -> None:
     """Refuse values that cannot be meant. Raises UserError."""
     if sum(getattr(config, name) is not None for name in RUN_LENGTH) > 1:
         raise UserError("give only one of --steps, --epochs and --tokens")
+    if config.epochs == 0:
+        raise UserError("--epochs 0: expected more than 0")
     at_least = {"steps": 1, "epochs": 0, "tokens": 1, "batch": 1, "micro_batch": 1, "warmup": 0, "lr": 0, "clip": 0,
                 "weight_decay": 0, "log_every": 1, "eval_every": 0, "eval_tokens": 1, "sample_every": 0,
                 "save_every": 0, "save_every_minutes": 0, "keep": 1, "block_size": 1}  # fmt: skip
     for name, least in at_least.items():
         value = getattr(config, name)
-        if value is not None and not least <= value < 2**60:  # also refuses nan and inf
-            raise UserError(f"--{name.replace('_', '-')} {value}: expected a number from {least}")
+        if value is not None and not value >= least:
+            raise UserError(f"--{name.replace('_', '-')} {value}: expected {least} or more")
     for name in ("lr_floor", "decay_fraction", "beta1", "beta2"):
         value = getattr(config, name)
         if not 0 <= value <= 1 or (value == 1 and name.startswith("beta")):
@@ -210,6 +212,14 @@ def merge_resumed(stored: dict[str, Any], config: TrainConfig, given: frozenset[
     values |= {name: getattr(config, name) for name in given & FREE}
     values |= {name: getattr(config, name) for name in FORGOTTEN}
     return TrainConfig(**values)
+
+
+def merge_begun(stored: dict[str, Any], config: TrainConfig, given: frozenset[str]) -> TrainConfig:
+    """The settings of a run that has no checkpoint yet, with any flag given now: none contradicts."""
+    values = _checked(stored)
+    if given & set(RUN_LENGTH):
+        values |= dict.fromkeys(RUN_LENGTH)
+    return TrainConfig(**values | {name: getattr(config, name) for name in (*given, *FORGOTTEN)})
 
 
 def _checked(stored: dict[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from store.shards import default_cache
 from train import checkpoint
 
 FORMAT, VERSION = "perennial-run", 1
+LOCK = ".lock"
 KEPT = ("metrics.jsonl", "events.jsonl")
 
 
@@ -27,6 +28,7 @@ class RunFolder:
 
     def __init__(self, url: str, cache: Path | None = None) -> None:
         self.url, self.run_id, self.attempt = url, "", 0
+        self.stored_config: dict[str, Any] | None = None
         self.unwritten: dict[str, str] = {}  # lines of logs that could not be appended yet
         remote = (cache or default_cache()) / "runs" / hashlib.sha256(url.encode()).hexdigest()[:16]
         self.local = fs.local_path(url) if fs.is_local(url) else remote
@@ -43,7 +45,9 @@ class RunFolder:
                 raise UserError(f"--out {self.url}: {there} {what}: give a folder that can be made and written")
         names = [e.name for e in fs.list_folder(self.url)]
         # a start that was killed before config.json was there can have left these
-        if all(n in (*KEPT, "samples", "tokenizer.json") or (n.startswith(".") and n.endswith(".tmp")) for n in names):
+        if all(
+            n in (*KEPT, LOCK, "samples", "tokenizer.json") or (n.startswith(".") and n.endswith(".tmp")) for n in names
+        ):
             return False
         where = fs.redact(self.url)
         if not resume:
@@ -57,17 +61,20 @@ class RunFolder:
                         f"{where}: run format {data['version']} is newer than this program's {VERSION}: update it"
                     )
                 if data["format"] == FORMAT:
-                    self.run_id = str(data["run_id"])
+                    self.run_id, self.stored_config = str(data["run_id"]), dict(data["config"])
                     return True
             except (ValueError, KeyError, TypeError) as e:
                 if any(checkpoint.STEP_NAME.fullmatch(n) for n in names):
                     self.run_id = secrets.token_hex(4)  # the file is damaged, the checkpoints can still be sound
                     return True
                 raise UserError(f"{where}: config.json is unreadable ({e}): give another --out, or delete it") from e
+        if any(checkpoint.STEP_NAME.fullmatch(n) for n in names):
+            return True  # config.json is gone, the checkpoints hold its settings too
         raise UserError(f"{where}: holds something that is not a run ({names[0]} …): give another --out")
 
     def open(self, config: dict[str, Any], tokenizer_json: str, *, step: int) -> None:
         """Begin an attempt at `step`: write identity on the first, cut the logs back to the step on a later one."""
+        fs.hold(self.local / LOCK)
         self.run_id = self.run_id or secrets.token_hex(4)
         identity = {"format": FORMAT, "version": VERSION, "run_id": self.run_id, "config": config}
         fs.put_bytes(fs.join(self.url, "config.json"), json.dumps(identity, indent=1).encode())

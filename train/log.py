@@ -2,6 +2,7 @@
 
 import math
 import resource
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -179,4 +180,4 @@ def summarize(config: TrainConfig, state: State, machine: Machine, log: TrainLog
     )
     print(f"finished   {total} steps, {count(total * log.tokens_per_step)} tokens in {duration(log.elapsed_s)}; {val}"
           f"peak memory {memory}{count(host)}B host")  # fmt: skip
-    print(f"next       python scripts/chat.py --run {fs.redact(config.out)}", flush=True)
+    print(f"next       python scripts/chat.py --run {shlex.quote(fs.redact(config.out))}", flush=True)

@@ -46,7 +46,11 @@ def main(argv: list[str] | None = None) -> int:
     found = checkpoint.load_newest(config.out, folder.warn) if folder.is_a_run(resume=config.resume) else None
     if found:
         config = settings.merge_resumed(found.state["config"], config, given)
-        settings.check(config)
+    elif (
+        folder.stored_config
+    ):  # begun, and killed before its first checkpoint: nothing binds yet, but flags can be left out
+        config = settings.merge_begun(folder.stored_config, config, given)
+    settings.check(config)
     machine = choose_machine(config.device, config.precision, config.compile)
     config = settings.with_recipe(config, machine.device.type)
 
@@ -132,7 +136,7 @@ def train(
                 log.validation(state.step, new_val)
             if diverged:
                 break
-        if last or due(state.step, config.sample_every):
+        if config.sample_every and (last or due(state.step, config.sample_every)):
             with log.pause():
                 show_samples(config, state, data, folder, machine, stop)
         if save_due:
@@ -191,4 +195,4 @@ def minutes_passed(since_s: float, minutes: float) -> bool:
 
 
 if __name__ == "__main__":
-    flags.run(main)
+    flags.run(main, outlives_stdout=True)
