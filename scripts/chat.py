@@ -87,7 +87,7 @@ def fit(tokenizer: Tokenizer, history: list[tuple[str, str]], block_size: int, m
 def change_setting(args: ChatFlags, command: str) -> ChatFlags:
     """The flags after `/temperature 0.5` or `/seed 3`; anything else prints the help."""
     name, _, value = command[1:].partition(" ")
-    kinds = {"temperature": float, "seed": int}
+    kinds = {"temperature": flags.real, "seed": int}
     try:
         args = replace(args, **{name: kinds[name](value)})
         print(f"{name} is {value}")

@@ -14,6 +14,7 @@ from gpt.model import GPT
 from gpt.presets import preset
 from store.shards import TokenShards
 from tests.helpers import command, error_of, files, prepare, result, train
+from tests.test_checkpoint import rewrite
 from train import batches as order
 from train import checkpoint
 from train.schedule import learning_rate
@@ -193,6 +194,9 @@ def bad_runs(data, corpus, tmp_path):
     newer_run = tmp_path / "newer-run"
     newer_run.mkdir()
     (newer_run / "config.json").write_text('{"format": "perennial-run", "version": 9, "run_id": "x"}')
+    newer_checkpoint = tmp_path / "newer-checkpoint"
+    assert train("--data", data, "--out", newer_checkpoint, *QUICK) == 0
+    rewrite(newer_checkpoint / "step-00000002" / "MANIFEST.json", version=2)
     other = tmp_path / "other-vocabulary"
     assert prepare("--input", corpus, "--output", other, "--vocab-size", 300, "--val-fraction", 0.05) == 0
     reseeded = tmp_path / "reseeded"
@@ -224,6 +228,7 @@ def bad_runs(data, corpus, tmp_path):
         "batch of another run": (("--out", run, "--resume", "--batch", 8), "--batch 8: the checkpoint was trained with 4"),
         "data of another vocabulary": (("--out", run, "--resume", "--data", other), "vocabulary of 300, the checkpoint one of 512"),
         "other data, same vocabulary": (("--out", run, "--resume", "--data", reseeded), "is not the dataset this run was trained on"),
+        "newer checkpoint": (("--out", newer_checkpoint, "--resume"), "checkpoint format 2 is newer than this program's 1"),
         "newer run": (("--out", newer_run, "--resume"), "run format 9 is newer"),
         "unknown storage": (("--out", "ftpx://host/out"), "unknown kind of URL"),
         "missing driver": (("--out", "s3://bucket/out"), "pip install s3fs"),
