@@ -29,7 +29,7 @@ Kind = Literal["chat", "plain", "jsonl"]
 Document = list[tuple[str | None, str]]  # turns of (role, text); role None is plain text
 
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
-TEXT_SUFFIXES, JSON_SUFFIXES = (".txt", ".text", ".md"), (".jsonl", ".ndjson")
+TEXT_SUFFIXES, JSON_SUFFIXES = (".txt", ".text"), (".jsonl", ".ndjson")  # in folders and globs; a named file may be any
 ROLE_OF = {"user": "user", "human": "user", "assistant": "assistant", "bot": "assistant", "system": "system"}
 # the run of blanks is bounded so that a boundary can be found from a fixed distance before it
 BOUNDARY = {
