@@ -18,7 +18,7 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from store import fs
-from store.errors import DataError
+from store.errors import DataError, StoreError
 
 ROLES = (None, "user", "assistant", "system")  # a part stores the index
 
@@ -105,8 +105,13 @@ def save_encoded(path: Path, part: Encoded) -> list[Path]:
 
 
 def _save_array(path: Path, array: np.ndarray) -> Path:
-    with fs.staged(path) as temporary, open(temporary, "wb") as f:
-        np.save(f, array, allow_pickle=False)
+    try:
+        with fs.staged(path) as temporary, open(temporary, "wb") as f:
+            np.save(f, array, allow_pickle=False)
+    except OSError as e:  # numpy tells of a full disk as "1000 requested and 512 written", without an errno
+        raise StoreError(
+            f"{path.parent}: cannot be written ({e}): free some space, then run the same command with --resume"
+        ) from e
     return path
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import time
 
 import numpy as np
@@ -261,8 +262,6 @@ def test_each_user_error_is_one_line_and_writes_nothing(corpus, data, tmp_path):
 
 
 def test_as_a_real_process_an_error_is_one_line_and_exit_2(tmp_path):
-    import subprocess
-
     for flags, says in ((("--input", "no.txt"), "not found"), (("--inptu", "x"), "did you mean --input?")):
         done = subprocess.run(command("prep/tokenize_bpe.py", *flags), cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 2
@@ -271,6 +270,28 @@ def test_as_a_real_process_an_error_is_one_line_and_exit_2(tmp_path):
         assert says in done.stderr
         assert done.stdout == ""
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("size", ["300k", "450k", "600k", "750k", "900k"])
+def test_a_full_disk_is_one_line_and_with_room_it_resumes(corpus, tmp_path, size):
+    """At whichever file the disk is full."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("cannot mount a tmpfs here")
+    flags = ("--input", corpus, "--output", disk / "d", "--vocab-size", 512, "--resume", "--workers", 1)
+    try:
+        done = subprocess.run(command("prep/tokenize_bpe.py", *flags), capture_output=True, text=True)
+        if done.returncode == 0:
+            pytest.fail(f"{size} was enough")
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+        assert "--resume" in done.stderr
+        subprocess.run(["mount", "-o", "remount,size=50m", disk], check=True)
+        assert prepare(*flags[:-2]) == 0
+        assert prepare("--input", corpus, "--output", tmp_path / "quiet", "--vocab-size", 512) == 0
+        assert files(disk / "d") == files(tmp_path / "quiet")
+    finally:
+        subprocess.run(["umount", "-l", disk])
 
 
 def test_unfinished_output_without_resume_is_refused(corpus, tmp_path, monkeypatch):

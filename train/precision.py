@@ -115,14 +115,15 @@ def choose_machine(device: str, precision: str, compile: str) -> Machine:
         raise UserError("--compile on: torch 2.6 compiles wrong gradients of embeddings on a CPU (measured; 2.13 is right): "
                         "use a newer torch, or leave it to auto")  # fmt: skip
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
-    torch.set_float32_matmul_precision("high")  # TF32 for what stays fp32 on Ampere and later
+    if kind == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for what stays fp32 on Ampere and later
     can_compile = (
         kind == "cuda"
         and capability >= (7, 0)
         and importlib.util.find_spec("triton") is not None
         and any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang"))
     )
-    if compile == "auto":
+    if compile == "auto" and can_compile:
         torch._dynamo.config.suppress_errors = True  # what cannot be compiled here runs as it is
     return Machine(chosen, dtype, compile == "on" or (compile == "auto" and can_compile))
 
