@@ -79,6 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     job = describe_job(settings, sources, trainer, given_tokenizer)
     work = work_folder(output, settings.work_dir)
     if already_complete(output, job, settings.resume):
+        shutil.rmtree(work, ignore_errors=True)  # a kill between the last write and this can have left it
         print(f"{fs.redact(output)} is complete already; nothing to do")
         return 0
     created = open_work_folder(work, output, job, settings.resume)
@@ -92,7 +93,8 @@ def main(argv: list[str] | None = None) -> int:
             remove_shards(output)
         raise
     except KeyboardInterrupt:
-        raise UserError("stopped; the same command with --resume goes on") from None
+        print("stopped; the same command with --resume goes on", file=sys.stderr)
+        return 130
     shutil.rmtree(work, ignore_errors=True)
     fs.let_go()
     show_summary(output, report, time.monotonic() - start_s)
