@@ -272,3 +272,19 @@ def test_a_hostile_manifest_cannot_reach_outside(tmp_path):
     parts["../../etc/passwd"] = parts.pop("state.json")
     rewrite(path, parts=parts)
     assert checkpoint.committed(str(tmp_path)) == []
+
+
+def test_loading_a_remote_run_does_not_disturb_a_save_under_way(tmp_path, monkeypatch):
+    """Someone chats with the run on the machine that trains it: both have files of it on their way."""
+    out = f"memory://busy-{tmp_path.name}"
+    save(out, 10)
+    real, loads = checkpoint.save_file, []
+
+    def save_file(named, path):
+        real(named, path)
+        loads.append(load(out)[0].manifest.step)
+
+    monkeypatch.setattr(checkpoint, "save_file", save_file)
+    save(out, 20)
+    assert loads == [10, 10, 10]
+    assert load(out)[0].manifest.step == 20

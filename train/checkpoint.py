@@ -8,6 +8,7 @@ A step without a valid manifest does not exist: `read_manifest` decides that for
 import contextlib
 import hashlib
 import json
+import os
 import re
 import secrets
 import shutil
@@ -130,16 +131,16 @@ def _write_part(
     out: str, url: str, name: str, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]
 ) -> dict[str, Any]:
     """Publish one part whole; its size and sha256."""
-    path = (fs.local_path(url) if fs.is_local(url) else _staging(out)) / name
+    path = (fs.local_path(url) if fs.is_local(url) else _staging(out) / "save") / name
     try:
         with fs.staged(path) as staged:
             if name in TENSOR_PARTS:
                 save_file({k: v.detach().contiguous() for k, v in tensors[name].items()}, staged)
             else:
                 staged.write_text(json.dumps(state, indent=1), "utf-8")
+        part = {"bytes": path.stat().st_size, "sha256": fs.sha256_file(path)}
     except (SafetensorError, OSError) as e:
         raise StoreError(f"{fs.redact(url)}: cannot write {name}: {e}") from e
-    part = {"bytes": path.stat().st_size, "sha256": fs.sha256_file(path)}
     fs.put_file(fs.join(url, name), path)
     if not fs.is_local(url):
         path.unlink()
@@ -200,7 +201,9 @@ def load_newest(out: str, warn: Callable[[str], None]) -> Checkpoint | None:
 def load(out: str, manifest: Manifest, parts: tuple[str, ...] = PARTS) -> Checkpoint:
     """One step, or some `parts` of it, each proved against its sha256. Raises DataError naming the part that differs."""
     url = fs.join(out, manifest.name)
-    folder = _staging(out)
+    folder = (
+        _staging(out) / f"load-{os.getpid()}"
+    )  # of its own: a chat with the run must not disturb its trainer's save
     try:
         paths = {name: _proved(fs.join(url, name), manifest.parts[name], folder / name) for name in parts}
         tensors = {name: load_file(path) for name, path in paths.items() if name in TENSOR_PARTS}
