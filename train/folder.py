@@ -29,6 +29,7 @@ class RunFolder:
     def __init__(self, url: str, cache: Path | None = None) -> None:
         self.url, self.run_id, self.attempt = url, "", 0
         self.stored_config: dict[str, Any] | None = None
+        self.held = False
         self.unwritten: dict[str, str] = {}  # lines of logs that could not be appended yet
         remote = (cache or default_cache()) / "runs" / hashlib.sha256(url.encode()).hexdigest()[:16]
         self.local = fs.local_path(url) if fs.is_local(url) else remote
@@ -72,9 +73,15 @@ class RunFolder:
             return True  # config.json is gone, the checkpoints hold its settings too
         raise UserError(f"{where}: holds something that is not a run ({names[0]} …): give another --out")
 
+    def hold(self) -> None:
+        """Become the one process of this machine that writes here. Raises StoreError while another one is."""
+        if not self.held:
+            fs.hold(self.local / LOCK)
+            self.held = True
+
     def open(self, config: dict[str, Any], tokenizer_json: str, *, step: int) -> None:
         """Begin an attempt at `step`: write identity on the first, cut the logs back to the step on a later one."""
-        fs.hold(self.local / LOCK)
+        self.hold()
         self.run_id = self.run_id or secrets.token_hex(4)
         identity = {"format": FORMAT, "version": VERSION, "run_id": self.run_id, "config": config}
         fs.put_bytes(fs.join(self.url, "config.json"), json.dumps(identity, indent=1).encode())
@@ -105,9 +112,15 @@ class RunFolder:
     def _append(self, name: str, lines: list[dict[str, Any]]) -> None:
         """Append now, or with the next lines where the place is away or full: training does not stop for its log."""
         self.unwritten[name] = self.unwritten.get(name, "") + "".join(json.dumps(line) + "\n" for line in lines)
+        path = self.local / name
         try:
-            with open(self.local / name, "a", encoding="utf-8") as f:
-                f.write(self.unwritten[name])
+            whole = path.stat().st_size if path.exists() else 0
+            try:
+                with open(path, "a", encoding="utf-8") as f:
+                    f.write(self.unwritten[name])
+            except OSError:
+                os.truncate(path, whole)  # half of the lines may be there: they are all to come again
+                raise
             self.unwritten[name] = ""
         except OSError as e:
             self.warn(f"{name} cannot be written now ({e.strerror}); its lines wait")

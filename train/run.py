@@ -43,7 +43,10 @@ def main(argv: list[str] | None = None) -> int:
     config = settings.with_places(config)
 
     folder = RunFolder(config.out, config.cache_folder)
-    found = checkpoint.load_newest(config.out, folder.warn) if folder.is_a_run(resume=config.resume) else None
+    found = None
+    if folder.is_a_run(resume=config.resume):
+        folder.hold()  # before looking: what a living trainer is just deleting would seem damaged
+        found = checkpoint.load_newest(config.out, folder.warn)
     if found:
         config = settings.merge_resumed(found.state["config"], config, given)
     elif (
