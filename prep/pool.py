@@ -21,9 +21,8 @@ def usable_cpus() -> int:
 
 
 def _start_worker() -> None:
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches every process of a terminal: the parent answers for all
+    # Ctrl-C reaches every process of a terminal: the parent answers for all
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["RAYON_NUM_THREADS"] = "1"  # one process per core already: the engines' own threads would only fight
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     parent = multiprocessing.parent_process()

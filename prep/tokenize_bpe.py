@@ -96,7 +96,6 @@ def main(argv: list[str] | None = None) -> int:
         print("stopped; the same command with --resume goes on", file=sys.stderr)
         return 130
     shutil.rmtree(work, ignore_errors=True)
-    fs.let_go()
     show_summary(output, report, time.monotonic() - start_s)
     return 0
 

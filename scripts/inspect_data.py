@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     data = TokenShards(args.data)
     tokenizer = Tokenizer(data.tokenizer_json())
     data.check_sizes()
-    show_figures(data)
+    show_figures(data, tokenizer)
     shards = data.split(args.split)
     if not shards:
         raise UserError(f"{fs.redact(args.data)}: has no {args.split} split")
@@ -57,9 +57,9 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def show_figures(data: TokenShards) -> None:
+def show_figures(data: TokenShards, tokenizer: Tokenizer) -> None:
     """Totals per split, and what preparation counted."""
-    special = ", ".join(f"{t} {i}" for t, i in data.metadata["special_ids"].items())
+    special = ", ".join(f"{t} {i}" for t, i in tokenizer.special_ids.items())
     print(f"dataset    {fs.redact(data.url)}: vocabulary {data.vocab_size}, {data.dtype.name} ids; {special}")
     for split in ("train", "val"):
         shards = data.split(split)

@@ -350,7 +350,7 @@ def test_nohup_is_respected(data, tmp_path):
     import subprocess
 
     command_line = command(
-        "train/run.py", "--data", data, "--steps", 60, *SMALL, "--out", tmp_path / "out", "--log-every", 1
+        "train/run.py", "--data", data, "--steps", 600, *SMALL, "--out", tmp_path / "out", "--log-every", 1
     )
     process = subprocess.Popen(["nohup", *command_line], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     assert wait_for_step(tmp_path / "out", 3, process)

@@ -3,6 +3,7 @@
 import json
 import re
 import subprocess
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -96,6 +97,16 @@ def test_500_steps_reach_the_loss_of_a_textbook_loop(data, tmp_path):
         theirs = F.cross_entropy(model.eval()(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()).item()
     assert ours == pytest.approx(theirs, rel=0.01)
     assert ours < 0.5 * np.log(512)  # and both have learnt something
+
+
+def test_chat_is_seen_in_the_tokens(data, tmp_path):
+    from train.config import TrainConfig
+    from train.data import open_data
+
+    assert open_data(TrainConfig(data=str(data))).chat
+    (tmp_path / "plain.txt").write_text("\n\n".join(f"It was day {i}, and User: is a word." for i in range(999)))
+    assert prepare("--input", tmp_path / "plain.txt", "--output", tmp_path / "d", "--vocab-size", 300) == 0
+    assert not open_data(TrainConfig(data=str(tmp_path / "d"))).chat
 
 
 @pytest.mark.parametrize(
@@ -231,7 +242,7 @@ def bad_runs(data, corpus, tmp_path):
         "newer checkpoint": (("--out", newer_checkpoint, "--resume"), "checkpoint format 2 is newer than this program's 1"),
         "newer run": (("--out", newer_run, "--resume"), "run format 9 is newer"),
         "unknown storage": (("--out", "ftpx://host/out"), "unknown kind of URL"),
-        "missing driver": (("--out", "s3://bucket/out"), "pip install s3fs"),
+        **({} if find_spec("s3fs") else {"missing driver": (("--out", "s3://bucket/out"), "pip install s3fs")}),
     }  # fmt: skip
 
 
@@ -274,6 +285,9 @@ def test_environment_and_drive_fill_in_the_places(data, tmp_path, monkeypatch):
     monkeypatch.setenv("COLAB_RELEASE_TAG", "x")
     monkeypatch.setattr(config, "DRIVE", tmp_path)
     places = config.with_places(config.TrainConfig())
+    assert not config.dies_with_the_machine(places.out)
+    assert not config.dies_with_the_machine("gs://bucket/out")
+    assert config.dies_with_the_machine("out")
     assert (places.data, places.out) == (str(tmp_path / "perennial" / "data"), str(tmp_path / "perennial" / "out"))
 
 

@@ -15,6 +15,7 @@ from cli.errors import UserError
 from cli.flags import flag
 from gpt.model import GPTConfig
 from gpt.presets import preset
+from store import fs
 from store.errors import DataError
 
 DRIVE = Path("/content/drive/MyDrive")
@@ -94,36 +95,23 @@ class TrainConfig:
         return Path(self.cache).expanduser() if self.cache else None
 
 
-FREE = frozenset(
-    [
-        "data",
-        "out",
-        "resume",
-        "steps",
-        "epochs",
-        "tokens",
-        "micro_batch",
-        "device",
-        "precision",
-        "compile",
-        "loading",
-        "cache",
-        "log_every",
-        "eval_every",
-        "eval_tokens",
-        "sample_every",
-        "prompts",
-        "save_every",
-        "save_every_minutes",
-        "keep",
-    ]
-)
-# of these, what depends on the machine or on where things lie is not remembered: an A100's micro-batch would not fit a T4
-FORGOTTEN = ("data", "out", "resume", "micro_batch", "device", "precision", "compile", "loading", "cache")
 RUN_LENGTH = ("steps", "epochs", "tokens")
+# what depends on the machine, or on where things lie, is not remembered: an A100's micro-batch would not fit a T4
+FORGOTTEN = ("data", "out", "resume", "micro_batch", "device", "precision", "compile", "loading", "cache")
+LOGGING = (
+    "log_every",
+    "eval_every",
+    "eval_tokens",
+    "sample_every",
+    "prompts",
+    "save_every",
+    "save_every_minutes",
+    "keep",
+)
+FREE = frozenset({*RUN_LENGTH, *FORGOTTEN, *LOGGING})
 
-# model -> (sequences per step, peak learning rate). The two GPT-2 sizes follow GPT-3's table 2.1 (Brown et al. 2020) at
-# about a quarter to half of its batch tokens; the small ones were tried on real dialogue.
+# model -> (sequences per step, peak learning rate). The two GPT-2 sizes have the learning rates of GPT-3's table 2.1 (Brown
+# et al. 2020) at half its batch tokens. The others are starting points: only `small` was tried on real dialogue.
 RECIPES = {
     "tiny": (32, 3e-3), "small": (32, 1.5e-3), "medium": (64, 1e-3), "large": (128, 1e-3), "xlarge": (256, 6e-4),
     "gpt2_small": (512, 6e-4), "gpt2_medium": (512, 3e-4),
@@ -160,6 +148,11 @@ def with_places(config: TrainConfig) -> TrainConfig:
 def on_colab() -> bool:
     """True in a Colab runtime."""
     return bool(os.environ.get("COLAB_RELEASE_TAG"))
+
+
+def dies_with_the_machine(out: str) -> bool:
+    """True for a local folder of a Colab runtime that is not on the Drive."""
+    return on_colab() and fs.is_local(out) and DRIVE not in fs.local_path(out).absolute().parents
 
 
 def with_recipe(config: TrainConfig, device_type: str) -> TrainConfig:

@@ -12,6 +12,8 @@ from store import fs
 from store.shards import TokenShards, choose_preload
 from train.config import DRIVE, TrainConfig, on_colab
 
+LOOK_TOKENS = 1 << 16
+
 
 @dataclass
 class Data:
@@ -21,6 +23,7 @@ class Data:
     tokenizer: Tokenizer
     train: list[np.ndarray]
     val: list[np.ndarray]
+    chat: bool  # whether it holds conversations: its beginning has turns of a user
 
 
 def open_data(config: TrainConfig) -> Data:
@@ -46,7 +49,8 @@ def open_data(config: TrainConfig) -> Data:
         for shard in tokens.shards:
             arrays[shard.split].append(tokens.load(shard, preload=preload))
             meter.add(shard.tokens * tokens.dtype.itemsize, shard.name)
-    return Data(tokens, tokenizer, arrays["train"], arrays["val"])
+    chat = any((a[:LOOK_TOKENS] == tokenizer.role_id("user")).any() for a in arrays["train"][:1])
+    return Data(tokens, tokenizer, arrays["train"], arrays["val"], bool(chat))
 
 
 def same_data(stored: dict[str, Any], tokens: TokenShards) -> None:
@@ -55,5 +59,5 @@ def same_data(stored: dict[str, Any], tokens: TokenShards) -> None:
         raise UserError(f"{fs.redact(tokens.url)}: has a vocabulary of {tokens.vocab_size}, the checkpoint one of "
                         f"{stored['data']['vocab_size']}: give the data it was trained on, or another --out")  # fmt: skip
     if stored["data"]["fingerprint"] != tokens.fingerprint:
-        raise UserError(f"{fs.redact(tokens.url)}: is not the dataset this run was trained on (metadata.json differs): "
+        raise UserError(f"{fs.redact(tokens.url)}: is not the dataset this run was trained on (its tokens differ): "
                         "give that one, or another --out")  # fmt: skip

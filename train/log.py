@@ -48,8 +48,8 @@ class TrainLog:
         """Remember what step number `step` (1 = the first) gave."""
         self.waiting.append((step, lr, loss, norm))
 
-    def flush(self) -> list[float]:
-        """Write what is waiting to metrics.jsonl; returns its losses."""
+    def flush(self) -> None:
+        """Write what is waiting to metrics.jsonl."""
         rows = [(s, lr, float(loss), float(norm)) for s, lr, loss, norm in self.waiting]
         self.waiting = []
         keys = ("step", "lr", "loss", "grad_norm")
@@ -57,7 +57,6 @@ class TrainLog:
             # JSON has no infinity: a scaled fp16 gradient that overflowed is null
             rows_json = [[x if math.isfinite(x) else None for x in row] for row in rows]
             self.folder.metrics([dict(zip(keys, row, strict=True)) for row in rows_json])
-        return [row[2] for row in rows]
 
     def is_due(self, step: int, every: int) -> bool:
         """True on every `every`-th step, and when a person has seen nothing for half a minute."""
@@ -151,10 +150,9 @@ def show_samples(
     """Continue the fixed prompts, as chat where the data is chat; never touches the training's random state."""
     if stop() or not config.prompts:
         return
-    chat = data.tokens.metadata.get("counts", {}).get("chat", 0) > 0
     tokenizer = data.tokenizer
     prompts = [
-        tokenizer.render([("user", p)], reply=True) if chat else [tokenizer.end_of_text, *tokenizer.encode(p)]
+        tokenizer.render([("user", p)], reply=True) if data.chat else [tokenizer.end_of_text, *tokenizer.encode(p)]
         for p in config.prompts
     ]
     with machine.autocast():

@@ -43,6 +43,10 @@ def main(argv: list[str] | None = None) -> int:
     config = settings.with_places(config)
 
     folder = RunFolder(config.out, config.cache_folder)
+    if settings.dies_with_the_machine(config.out):
+        folder.warn(
+            f"--out {config.out} is on this Colab machine and goes when it goes: mount your Drive, or give a gs:// URL"
+        )
     found = None
     if folder.is_a_run(resume=config.resume):
         folder.hold()  # before looking: what a living trainer is just deleting would seem damaged
