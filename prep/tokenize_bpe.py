@@ -31,7 +31,7 @@ from cli.progress import Meter, count, duration
 from gpt.tokenizer import SPLIT_PATTERNS, Tokenizer
 from prep import bpe, corpus, encode, parts, stages
 from prep.pool import Pool, usable_cpus
-from store import fs
+from store import fs, lock
 from store.errors import StoreError
 from store.shards import TokenShards, default_cache, dtype_for, write_metadata
 
@@ -272,7 +272,7 @@ def open_work_folder(work: Path, output: str, job: dict[str, Any], resume: bool)
     """Make or re-enter the work folder. Returns True when it is new."""
     job_path = work / "job.json"
     if job_path.exists():
-        fs.hold(work / LOCK)
+        lock.hold(work / LOCK)
         if not resume:
             raise UserError(f"{fs.redact(output)}: holds an unfinished run: add --resume to go on, or delete it")
         same_job(json.loads(job_path.read_bytes()), job, output)
@@ -280,7 +280,7 @@ def open_work_folder(work: Path, output: str, job: dict[str, Any], resume: bool)
     others = [e.name for e in fs.list_folder(output) if e.name != ".prep"]
     if others:
         raise UserError(f"{fs.redact(output)}: exists and holds something else ({others[0]}): give another --output")
-    fs.hold(work / LOCK)
+    lock.hold(work / LOCK)
     fs.put_bytes(str(job_path), json.dumps(job).encode())
     return True
 

@@ -8,7 +8,6 @@ function here streams into a final name, and every upload is checked for size an
 import base64
 import contextlib
 import errno
-import fcntl
 import hashlib
 import io
 import os
@@ -334,33 +333,6 @@ def _check_upload(fs: fsspec.AbstractFileSystem, path: str, url: str, n_bytes: i
     # a multipart or encrypted S3 object has an ETag that is no md5: only compare what can be one
     if told and re.fullmatch(r"[0-9a-f]{32}|[A-Za-z0-9+/]{22}==", told) and told not in ours:
         raise OSError(errno.EIO, "upload stored other bytes than were sent", redact(url))
-
-
-_held: list[BinaryIO] = []  # locks are let go when the process ends, however it ends
-
-
-def hold(path: Path) -> None:
-    """Take a local lock file for the rest of this process's life. Raises StoreError when another process has it."""
-
-    def work() -> BinaryIO:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return open(path, "ab")
-
-    lock = attempt(str(path), "write", work)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as e:
-        lock.close()
-        raise StoreError(f"{path.parent}: another process is writing there: wait for it or stop it") from e
-    except OSError:
-        pass  # a mount without locks (Drive): nothing to hold on to
-    _held.append(lock)
-
-
-def let_go() -> None:
-    """Give back every lock of this process: for programs that run in one process after another, as tests do."""
-    while _held:
-        _held.pop().close()
 
 
 # ---- removing and moving --------------------------------------------------------------------------------------------

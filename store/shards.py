@@ -8,7 +8,6 @@ A `.zst` shard is the same bytes as independent zstd frames, ending in the seek 
 (facebook/zstd, contrib/seekable_format): `zstd -d` gives back the raw shard, and a reader can fetch any part of it.
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -332,25 +331,6 @@ class TokenShards:
                 on_bytes(len(piece))
             if n != shard.tokens:
                 raise _wrong_length(fs.join(self.url, shard.name), shard)
-
-
-def choose_preload(loading: Loading, raw_bytes: int) -> bool:
-    """Whether to hold `raw_bytes` in memory: as told, or (auto) when that takes at most a third of what is free."""
-    if loading != "auto":
-        return loading == "preload"
-    return raw_bytes <= max(_available_bytes() // 3, 256 << 20)
-
-
-def _available_bytes() -> int:
-    """Memory that can be had: the kernel's estimate (page cache can be given up), and a container's own limit."""
-    limits = []
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        meminfo = Path("/proc/meminfo").read_text()
-        limits.append(int(meminfo.split("MemAvailable:")[1].split()[0]) * 1024)
-    with contextlib.suppress(OSError, ValueError):
-        group = Path("/sys/fs/cgroup")
-        limits.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    return min(limits) if limits else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def default_cache() -> Path:

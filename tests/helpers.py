@@ -11,7 +11,7 @@ import pytest
 
 from cli.errors import USER_ERRORS
 from prep import tokenize_bpe
-from store import fs
+from store import lock
 from train import checkpoint, run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,7 +22,7 @@ def prepare(*arguments: object) -> int:
     try:
         return tokenize_bpe.main([*map(str, arguments), "--workers", "1"])
     finally:
-        fs.let_go()
+        lock.let_go()
 
 
 def train(*arguments: object) -> int:
@@ -31,7 +31,7 @@ def train(*arguments: object) -> int:
     try:
         return run.main([*map(str, arguments)])
     finally:
-        fs.let_go()
+        lock.let_go()
         for number, handler in handlers.items():
             signal.signal(number, handler)
 

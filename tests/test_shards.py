@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from store import fs, shards
 from store.errors import DataError, StoreError
-from store.shards import HEADER_BYTES, ShardWriter, TokenShards, choose_preload, dtype_for, read_header, write_metadata
+from store.shards import HEADER_BYTES, ShardWriter, TokenShards, dtype_for, read_header, write_metadata
 
 ROOT = Path(__file__).parent.parent
 TOKENIZER = b'{"model": "stand-in: shards know only its hash"}'
@@ -520,11 +520,3 @@ def test_a_full_disk_leaves_nothing(tmp_path, level):
 
 
 # ---- loading policy -------------------------------------------------------------------------------------------------
-
-
-def test_choose_preload():
-    """As told; on auto, small data is held in memory and what cannot fit is not."""
-    assert choose_preload("preload", 1 << 60)
-    assert not choose_preload("memmap", 0)
-    assert choose_preload("auto", 1 << 20)
-    assert not choose_preload("auto", 1 << 60)

@@ -18,6 +18,7 @@ from tests.helpers import command, error_of, files, prepare, result, train
 from tests.test_checkpoint import rewrite
 from train import batches as order
 from train import checkpoint
+from train.data import choose_preload
 from train.schedule import learning_rate
 
 SHAPE = ("--model", "tiny", "--n-embd", 64, "--block-size", 64, "--device", "cpu")
@@ -300,3 +301,11 @@ def test_a_model_of_the_right_size_is_chosen():
     assert total_steps(cpu, 3200) == 3200 // cpu.batch  # one epoch unless told otherwise
     assert total_steps(with_recipe(TrainConfig(epochs=2.5), "cpu"), 3200) == 250
     assert total_steps(with_recipe(TrainConfig(tokens=512 * 32 * 7), "cpu"), 3200) == 7
+
+
+def test_choose_preload():
+    """As told; on auto, small data is held in memory and what cannot fit is not."""
+    assert choose_preload("preload", 1 << 60)
+    assert not choose_preload("memmap", 0)
+    assert choose_preload("auto", 1 << 20)
+    assert not choose_preload("auto", 1 << 60)

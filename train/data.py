@@ -1,6 +1,9 @@
 """The dataset a run trains on: opened, verified, in memory or memory-mapped."""
 
+import contextlib
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +12,7 @@ from cli.errors import UserError
 from cli.progress import Meter
 from gpt.tokenizer import Tokenizer
 from store import fs
-from store.shards import TokenShards, choose_preload
+from store.shards import Loading, TokenShards
 from train.config import DRIVE, TrainConfig, on_colab
 
 LOOK_TOKENS = 1 << 16
@@ -61,3 +64,22 @@ def same_data(stored: dict[str, Any], tokens: TokenShards) -> None:
     if stored["data"]["fingerprint"] != tokens.fingerprint:
         raise UserError(f"{fs.redact(tokens.url)}: is not the dataset this run was trained on (its tokens differ): "
                         "give that one, or another --out")  # fmt: skip
+
+
+def choose_preload(loading: Loading, raw_bytes: int) -> bool:
+    """Whether to hold `raw_bytes` in memory: as told, or (auto) when that takes at most a third of what is free."""
+    if loading != "auto":
+        return loading == "preload"
+    return raw_bytes <= max(_available_bytes() // 3, 256 << 20)
+
+
+def _available_bytes() -> int:
+    """Memory that can be had: the kernel's estimate (page cache can be given up), and a container's own limit."""
+    limits = []
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        meminfo = Path("/proc/meminfo").read_text()
+        limits.append(int(meminfo.split("MemAvailable:")[1].split()[0]) * 1024)
+    with contextlib.suppress(OSError, ValueError):
+        group = Path("/sys/fs/cgroup")
+        limits.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return min(limits) if limits else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cli.errors import UserError
-from store import fs
+from store import fs, lock
 from store.errors import DataError, NotFound, StoreError
 from store.shards import default_cache
 from train import checkpoint
@@ -76,7 +76,7 @@ class RunFolder:
     def hold(self) -> None:
         """Become the one process of this machine that writes here. Raises StoreError while another one is."""
         if not self.held:
-            fs.hold(self.local / LOCK)
+            lock.hold(self.local / LOCK)
             self.held = True
 
     def open(self, config: dict[str, Any], tokenizer_json: str, *, step: int) -> None:

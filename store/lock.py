@@ -1,0 +1,34 @@
+"""One writer per folder on one machine: a lock file held for the life of the process, let go however it ends."""
+
+import fcntl
+from pathlib import Path
+from typing import BinaryIO
+
+from store.errors import StoreError
+from store.retry import attempt
+
+_held: list[BinaryIO] = []
+
+
+def hold(path: Path) -> None:
+    """Take a local lock file for the rest of this process's life. Raises StoreError when another process has it."""
+
+    def work() -> BinaryIO:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return open(path, "ab")
+
+    lock = attempt(str(path), "write", work)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        lock.close()
+        raise StoreError(f"{path.parent}: another process is writing there: wait for it or stop it") from e
+    except OSError:
+        pass  # a mount without locks (Drive): nothing to hold on to
+    _held.append(lock)
+
+
+def let_go() -> None:
+    """Give back every lock of this process: for programs that run in one process after another, as tests do."""
+    while _held:
+        _held.pop().close()
