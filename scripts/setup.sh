@@ -29,6 +29,10 @@ install_torch() {
   fi
 }
 
+torch_version() { # from its metadata: importing it would need what is only about to be installed
+  "$PYTHON" -c 'from importlib.metadata import version; print(version("torch"))'
+}
+
 install() { # install FILE: its requirements, in the versions CI tests, unless they are there
   local stamp
   # the environment in use, if someone activated one; else the clone's own
@@ -44,9 +48,9 @@ install() { # install FILE: its requirements, in the versions CI tests, unless t
   stamp="$("$PYTHON" -c 'import sys; print(sys.prefix)')/.perennial-$(cat "$1" requirements*.txt constraints.txt | cksum | tr ' ' -)"
   if [ ! -e "$stamp" ]; then
     echo "installing what $1 names (once, some minutes)"
-    "$PYTHON" -c 'import torch' 2>/dev/null || install_torch
+    torch_version >/dev/null 2>&1 || install_torch
     # a torch that was there already stays, whatever version is pinned
-    "$PYTHON" -c 'import torch; print("torch==" + torch.__version__)' >"$stamp.pins"
+    echo "torch==$(torch_version)" >"$stamp.pins"
     grep -v '^torch==' constraints.txt >>"$stamp.pins"
     "$PYTHON" -m pip install -qq -r "$1" -c "$stamp.pins"
     rm "$stamp.pins"
