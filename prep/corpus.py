@@ -50,6 +50,7 @@ class Source:
     compression: str | None
     kind: Kind
     head_xxh3: str  # of the first text: a resumed run must not mix two versions of a file
+    group: int = 0  # which of the inputs, in the order of the command line, it came from
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,15 @@ class Piece:
 
 @dataclass(frozen=True)
 class Task:
-    """Work of about TASK_BYTES: one piece of a large file, or many small files together."""
+    """Work of about TASK_BYTES: one piece of a large file, or many small files of one group together."""
 
     index: int
     pieces: tuple[Piece, ...]
+
+    @property
+    def group(self) -> int:
+        """Which of the inputs all its pieces came from."""
+        return self.pieces[0].source.group
 
     @property
     def size(self) -> int:
@@ -83,8 +89,8 @@ def find_sources(inputs: tuple[str, ...]) -> list[Source]:
 
     Raises UserError for nothing found, empty or binary files.
     """
-    found: dict[str, int] = {}
-    for url in inputs:
+    found: dict[str, tuple[int, int]] = {}
+    for group, url in enumerate(inputs):
         files = fs.find_files(url)
         explicit = len(files) == 1 and files[0][0].rstrip("/").endswith(url.rstrip("/").split("://")[-1].split("/")[-1])
         usable = files if explicit else [f for f in files if _split_name(f[0])[1] in (*TEXT_SUFFIXES, *JSON_SUFFIXES)]
@@ -93,8 +99,9 @@ def find_sources(inputs: tuple[str, ...]) -> list[Source]:
             raise UserError(
                 f"{fs.redact(url)}: no text found there; expected {known} files (also {', '.join(COMPRESSIONS)})"
             )
-        found.update(usable)
-    sources = [_inspect(url, size) for url, size in found.items() if size > 0]
+        for name, size in usable:
+            found.setdefault(name, (size, group))
+    sources = [_inspect(url, size, group) for url, (size, group) in found.items() if size > 0]
     if not sources:
         raise UserError(f"{', '.join(map(fs.redact, inputs))}: the corpus is empty (0 bytes)")
     return sources
@@ -108,7 +115,7 @@ def _split_name(url: str) -> tuple[str | None, str]:
     return compression, "." + name.rsplit(".", 1)[-1] if "." in name else ""
 
 
-def _inspect(url: str, size: int) -> Source:
+def _inspect(url: str, size: int, group: int) -> Source:
     compression, suffix = _split_name(url)
     with _open(url, compression) as f:
         head = _read_up_to(f, SNIFF_BYTES, url)
@@ -118,13 +125,13 @@ def _inspect(url: str, size: int) -> Source:
                         f"{len(head[: 1 << 16])}); convert it first, e.g. iconv -f UTF-16 -t UTF-8")  # fmt: skip
     head_xxh3 = xxhash.xxh3_64_hexdigest(head)
     if suffix in JSON_SUFFIXES:
-        return Source(url, size, compression, "jsonl", head_xxh3)
+        return Source(url, size, compression, "jsonl", head_xxh3, group)
     blocks = [b for b in re.split(rb"\n[ \t\r]*\n", head) if b.strip()]
     labelled = sum(
         role_and_text(b[:64].decode(errors="replace").lstrip("\ufeff \t\r\n"))[0] is not None for b in blocks
     )
     kind = "chat" if labelled * 2 >= max(len(blocks), 1) else "plain"
-    return Source(url, size, compression, kind, head_xxh3)
+    return Source(url, size, compression, kind, head_xxh3, group)
 
 
 def plan(sources: list[Source], limit: int | None = None) -> list[Task]:
@@ -140,7 +147,8 @@ def plan(sources: list[Source], limit: int | None = None) -> list[Task]:
     tasks: list[Task] = []
     together: list[Piece] = []
     for piece in pieces:
-        if together and sum(p.stop - p.start for p in together) + piece.stop - piece.start > TASK_BYTES:
+        full = sum(p.stop - p.start for p in together) + piece.stop - piece.start > TASK_BYTES
+        if together and (full or together[0].source.group != piece.source.group):
             tasks.append(Task(len(tasks), tuple(together)))
             together = []
         together.append(piece)

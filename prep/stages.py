@@ -27,6 +27,7 @@ class Cleaned:
     """What the clean pass gives: its parts in the order of the corpus, and what it counted."""
 
     parts: list[Path]
+    groups: list[int]  # of each part: which of the inputs it came from
     counts: Counter
     examples: dict[str, list[str]]
 
@@ -36,7 +37,7 @@ class Cleaned:
 
 def clean_corpus(tasks: list[corpus.Task], work: Path, *, rule_set: str, pool: Pool) -> Cleaned:
     """Read, cut into documents, clean, drop, hash."""
-    counts, examples, done = Counter(), {}, []
+    counts, examples, done, groups = Counter(), {}, [], []
     with Meter("clean", sum(t.size for t in tasks), "B") as meter:
         jobs = ((task, work, rule_set) for task in tasks)
         for task, marker in zip(tasks, pool.run(clean_task, jobs), strict=True):
@@ -45,8 +46,9 @@ def clean_corpus(tasks: list[corpus.Task], work: Path, *, rule_set: str, pool: P
                 known = examples.setdefault(reason, [])
                 known += found[: EXAMPLES_PER_REASON - len(known)]
             done += [work / name for name in marker["files"] if name.endswith(".zst")]
+            groups += [task.group] * (len(done) - len(groups))
             meter.add(task.size, f"{counts['kept']} documents kept")
-    return Cleaned(done, counts, examples)
+    return Cleaned(done, groups, counts, examples)
 
 
 def clean_task(task: corpus.Task, work: Path, rule_set: str) -> dict:

@@ -233,7 +233,7 @@ def describe_job(
     """All that the output depends on: a resumed run must have the same. Names and sizes, no folders or credentials."""
     fixed = {k: v for k, v in asdict(settings).items() if k not in FREE} | {"trainer": trainer}
     fixed["tokenizer"] = hashlib.sha256(given[0].encode()).hexdigest() if given else ""
-    files = [[fs.redact(s.url).rsplit("/", 1)[-1], s.size, s.kind, s.head_xxh3] for s in sources]
+    files = [[fs.redact(s.url).rsplit("/", 1)[-1], s.size, s.kind, s.head_xxh3, s.group] for s in sources]
     return {"settings": fixed, "sources": files}
 
 

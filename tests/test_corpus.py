@@ -148,6 +148,17 @@ def test_small_files_are_worked_on_together(tmp_path):
     assert [p.source.url[-7:] for p in task.pieces] == [f"{i:03}.txt" for i in range(300)]
 
 
+def test_tasks_never_mix_inputs(tmp_path):
+    for name in "abcd":
+        (tmp_path / f"{name}.txt").write_text(f"User: question {name}\nAssistant: answer\n")
+    inputs = tuple(str(tmp_path / n) for n in ("b.txt", "*.txt", "a.txt"))
+    tasks = corpus.plan(corpus.find_sources(inputs))
+    assert [(t.group, [p.source.url[-5:] for p in t.pieces]) for t in tasks] == [
+        (0, ["b.txt"]),
+        (1, ["a.txt", "c.txt", "d.txt"]),
+    ]
+
+
 def test_kind_is_seen_in_the_text(tmp_path):
     (tmp_path / "chat.txt").write_text(CHAT)
     (tmp_path / "plain.txt").write_text("It is a truth universally acknowledged.\n\nUser: is a word too.\n\nAnd so on.")
