@@ -1,14 +1,18 @@
 """Progress of a long job: a rich bar on a real terminal, plain single lines on Colab, in pipes and in logs."""
 
+import contextlib
 import os
 import sys
+import threading
 import time
 from types import TracebackType
 
+import psutil
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 PLAIN_EVERY_S = 10.0
+SAMPLE_EVERY_S = 0.25
 
 
 def is_live_terminal() -> bool:
@@ -35,52 +39,90 @@ def count(n: float) -> str:
     return f"{n:.0f}"
 
 
-class Meter:
-    """`with Meter("clean", total, "B") as m: m.add(n)`: rate and ETA while it runs, one closing line at the end.
+def memory_in_use() -> int:
+    """Bytes of memory that this process and its descendants hold now; pages they share count once for each."""
+    total = 0
+    me = psutil.Process()
+    for process in (me, *me.children(recursive=True)):
+        with contextlib.suppress(psutil.Error):  # it ended just now
+            total += process.memory_info().rss
+    return total
 
-    `already` units were done by an earlier run: they count as done, not towards the rate.
+
+class Meter:
+    """`with Meter("clean", total, "B") as m: m.add(n)`: rate, ETA and memory while it runs, one closing line at the end.
+
+    It shows itself from a thread, so that a long step without an `add` is no silence. Afterwards `done`, `elapsed_s` and
+    `peak_memory`, sampled over all processes, say what it came to. `already` units were done by an earlier run: they
+    count as done, not towards the rate.
     """
 
     def __init__(self, what: str, total: float | None, unit: str, *, already: float = 0) -> None:
         self.what, self.total, self.unit = what, total, unit
         self.done = self.already = already
-        self.start_s = self.last_plain_s = time.monotonic()
+        self.note = ""
+        self.memory = self.peak_memory = 0
+        self.start_s = time.monotonic()
+        self.ended_s: float | None = None
         self.live: Progress | None = None
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> "Meter":
         if is_live_terminal():
             columns = (TextColumn("{task.description:<10}"), BarColumn(bar_width=30), TextColumn("{task.fields[line]}"))
             self.live = Progress(*columns, console=Console(), transient=True)
-            self.task = self.live.add_task(self.what, total=self.total, completed=self.done, line="")
+            self._task = self.live.add_task(self.what, total=self.total, completed=self.done, line="")
             self.live.start()
+        self._thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._end.set()
+        self._thread.join()
+        self.ended_s = time.monotonic()
         if self.live:
             self.live.stop()
         if kind is None:
-            elapsed_s = time.monotonic() - self.start_s
             print(
-                f"{self.what:<10} {count(self.done)}{self.unit} in {duration(elapsed_s)} ({self._rate()})", flush=True
+                f"{self.what:<10} {count(self.done)}{self.unit} in {duration(self.elapsed_s)} ({self._rate()})",
+                flush=True,
             )
 
-    def _rate(self) -> str:
-        elapsed_s = max(time.monotonic() - self.start_s, 1e-9)
-        return f"{count((self.done - self.already) / elapsed_s)}{self.unit}/s"
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since it was made, up to its end."""
+        return max((self.ended_s or time.monotonic()) - self.start_s, 1e-9)
 
     def add(self, n: float, note: str = "") -> None:
-        """Count `n` more units and show it when it is time to."""
+        """Count `n` more units; `note` is shown until the next one."""
         self.done += n
-        now_s = time.monotonic()
-        rate = (self.done - self.already) / max(now_s - self.start_s, 1e-9)
-        parts = [count(self.done) + (f"/{count(self.total)}" if self.total else "") + self.unit, self._rate()]
-        if self.total and rate > 0:
-            parts.append(f"ETA {duration(max(self.total - self.done, 0) / rate)}")
-        line = "  ".join([*parts, note]).rstrip()
-        if self.live:
-            self.live.update(self.task, completed=self.done, line=line)
-        elif now_s - self.last_plain_s >= PLAIN_EVERY_S:
-            self.last_plain_s = now_s
-            print(f"{self.what:<10} {line}", flush=True)
+        self.note = note
+
+    def _rate(self) -> str:
+        return f"{count((self.done - self.already) / self.elapsed_s)}{self.unit}/s"
+
+    def line(self) -> str:
+        words = [count(self.done) + (f"/{count(self.total)}" if self.total else "") + self.unit, self._rate()]
+        if self.total and self.done > self.already:
+            left = max(self.total - self.done, 0)
+            words.append(f"ETA {duration(left * self.elapsed_s / (self.done - self.already))}")
+        return "  ".join([*words, f"memory {count(self.memory)}B", self.note]).rstrip()
+
+    def _watch(self) -> None:
+        last_plain_s = self.start_s
+        while True:
+            self.memory = memory_in_use()
+            self.peak_memory = max(self.peak_memory, self.memory)
+            if self.live:
+                self.live.update(self._task, completed=self.done, line=self.line())
+            elif time.monotonic() - last_plain_s >= PLAIN_EVERY_S:
+                last_plain_s = time.monotonic()
+                try:
+                    print(f"{self.what:<10} {self.line()}", flush=True)
+                except OSError:
+                    return  # a reader that is gone: whoever prints next in the main thread deals with it
+            if self._end.wait(min(SAMPLE_EVERY_S, PLAIN_EVERY_S)):
+                return

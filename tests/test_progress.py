@@ -72,7 +72,7 @@ def test_plain_lines_where_nothing_can_move(show):
     *lines, last = shown.splitlines()
     assert 2 <= len(lines) <= 9
     for line in lines:
-        assert re.fullmatch(r"clean      \d+/1000B  [\d.kM]+B/s  ETA 0:0\d  note", line)
+        assert re.fullmatch(r"clean      \d+/1000B  [\d.kM]+B/s  ETA 0:0\d  memory [\d.]+MB  note", line)
     assert re.fullmatch(r"clean      1000B in 0:0\d \([\d.k]+B/s\)", last)
 
 
@@ -97,6 +97,7 @@ def clock(monkeypatch):
     clock = Clock()
     monkeypatch.setattr(progress, "time", clock)
     monkeypatch.setattr(progress, "is_live_terminal", lambda: False)
+    monkeypatch.setattr(progress, "PLAIN_EVERY_S", 1e9)  # the closing line alone
     return clock
 
 
@@ -105,14 +106,16 @@ def test_rate_and_eta(clock, capsys):
     with Meter("encode", 1_000_000, "B", already=500_000) as m:
         clock.now_s += 20
         m.add(100_000)
-        clock.now_s += 5
-        m.add(25_000)  # too soon for another line
-        clock.now_s += 5
-        m.add(25_000, "warm")
-    first, second, last = capsys.readouterr().out.splitlines()
-    assert first == "encode     600.0k/1.0MB  5000B/s  ETA 1:20"
-    assert second == "encode     650.0k/1.0MB  5000B/s  ETA 1:10  warm"
-    assert last == "encode     650.0kB in 0:30 (5000B/s)"
+        assert without_memory(m.line()) == "600.0k/1.0MB  5000B/s  ETA 1:20"
+        clock.now_s += 10
+        m.add(50_000, "warm")
+        assert without_memory(m.line()) == "650.0k/1.0MB  5000B/s  ETA 1:10  warm"
+    assert capsys.readouterr().out == "encode     650.0kB in 0:30 (5000B/s)\n"
+    assert m.elapsed_s == 30
+
+
+def without_memory(line: str) -> str:
+    return re.sub(r"  memory [\d.]+M?B", "", line)
 
 
 def test_unknown_total_and_no_time(clock, capsys):
@@ -120,12 +123,32 @@ def test_unknown_total_and_no_time(clock, capsys):
     with Meter("read", None, " docs") as m:
         clock.now_s += 10
         m.add(7)
-    with Meter("nothing", 0, "B"):
-        pass
-    read, done, nothing = capsys.readouterr().out.splitlines()
-    assert read == "read       7 docs  1 docs/s"
-    assert done == "read       7 docs in 0:10 (1 docs/s)"
+        assert without_memory(m.line()) == "7 docs  1 docs/s"
+    with Meter("nothing", 0, "B") as m:
+        assert without_memory(m.line()) == "0B  0B/s"
+    read, nothing = capsys.readouterr().out.splitlines()
+    assert read == "read       7 docs in 0:10 (1 docs/s)"
     assert nothing == "nothing    0B in 0:00 (0B/s)"
+
+
+def test_a_silent_step_is_no_silence():
+    """Lines come while nothing is counted: a tokenizer that trains for minutes must not look hung."""
+    job = JOB.replace("for _ in range(10):", "for _ in range(0):").replace("as m:", "as m:\n    time.sleep(0.3)")
+    lines = subprocess.run([sys.executable, "-c", job], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
+    assert len(lines) >= 3
+    assert all(line.startswith("clean      0/1000B") for line in lines[:-1])
+
+
+def test_memory_counts_every_process():
+    """The peak holds what a child held for a moment, though it is gone at the end."""
+    size = 200 << 20
+    hold = f"import time; held = bytearray({size}); time.sleep(1)"
+    with Meter("hold", None, "B") as m:
+        before = progress.memory_in_use()
+        subprocess.run([sys.executable, "-c", hold], check=True)
+        after = progress.memory_in_use()
+    assert m.peak_memory - before > size
+    assert after - before < size
 
 
 def test_a_failed_job_claims_nothing(clock, capsys):
