@@ -40,6 +40,11 @@ def validates(key: np.ndarray, limit: int, seed: int) -> np.ndarray:
     return mix(key, seed + 1) < np.uint64(limit)
 
 
+def place(key: np.ndarray, is_val: np.ndarray) -> np.ndarray:
+    """(documents,) uint64: where documents stand in the dataset: those that validate first, each split shuffled."""
+    return key >> np.uint64(1) | (~is_val).astype(np.uint64) << np.uint64(63)
+
+
 def shard_limits(tokens: np.ndarray, shard_tokens: int) -> np.ndarray:
     """Cut documents, in order, into shards of about equal tokens: (shards + 1,) document positions.
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from gpt.tokenizer import Tokenizer
-from prep.dedup import shuffle_key
+from prep.dedup import place, shuffle_key, validates
 from prep.parts import ROLES, Documents, Encoded
 
 Engine = str  # "fastokens" or "tokenizers"
@@ -52,8 +52,8 @@ def choose_engine(tokenizer: Tokenizer, sample: Sequence[str]) -> tuple[Engine, 
     return "fastokens", None
 
 
-def encode_documents(documents: Documents, encoder: Encoder, *, seed: int, dtype: np.dtype) -> Encoded:
-    """Ids of documents, sorted by shuffle key.
+def encode_documents(documents: Documents, encoder: Encoder, *, val_limit: int, seed: int, dtype: np.dtype) -> Encoded:
+    """Ids of documents, in the order of their place in the dataset.
 
     Each is `<|endoftext|>` and its turns, `<|role|>` ids `<|end|>`, or the bare ids of plain text.
     """
@@ -79,9 +79,10 @@ def encode_documents(documents: Documents, encoder: Encoder, *, seed: int, dtype
 
     tokens = np.add.reduceat(span, doc_first) if len(doc_first) else np.zeros(0, np.int64)
     key = shuffle_key(documents.doc_hash, seed)
-    order = np.argsort(key, kind="stable")
+    at = place(key, validates(key, val_limit, seed))
+    order = np.argsort(at, kind="stable")
     doc_at = np.cumsum(tokens) - tokens
     sorted_tokens = tokens[order]
     sorted_at = np.cumsum(sorted_tokens) - sorted_tokens
     gather = np.arange(len(out)) + np.repeat(doc_at[order] - sorted_at, sorted_tokens)
-    return Encoded(key[order], sorted_tokens.astype(np.uint32), out[gather].astype(dtype))
+    return Encoded(at[order], sorted_tokens.astype(np.uint32), out[gather].astype(dtype))

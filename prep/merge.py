@@ -1,20 +1,22 @@
-"""Encoded parts -> shuffled shards: since parts are sorted by shuffle key, a shard is one slice of every part."""
+"""Encoded parts -> shuffled shards: since parts are sorted by place, a shard is one slice of every part."""
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from prep.dedup import shard_limits, validates
-from prep.parts import load_encoded
+from prep import parts
+from prep.dedup import shard_limits
 from store.shards import Shard, ShardWriter, Split
 
-GATHER_TOKENS = 1 << 20  # ids joined per write: bounds memory, amortises the call
+BUCKETS = 1 << 20  # of places; shards begin at their edges: 12 GB have about ten documents in each
+GATHER_TOKENS = 1 << 20  # ids joined per write: amortises the call
 
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """One shard to write: the documents whose shuffle key is in [first, last]."""
+    """One shard to write: the documents whose place is in [first, last]."""
 
     split: Split
     index: int
@@ -28,46 +30,46 @@ class ShardPlan:
         return f"{self.split}-{self.index:05d}.bin" + (".zst" if compressed else "")
 
 
-def plan_shards(split: Split, key: np.ndarray, tokens: np.ndarray, shard_tokens: int) -> list[ShardPlan]:
-    """Plans for one split from all its documents' keys and token counts, each (documents,).
+def plan_shards(encoded: list[Path], shard_tokens: int) -> list[ShardPlan]:
+    """Shards of about equal tokens, at most `shard_tokens` or a little more, of both splits; train first."""
+    tokens, documents = np.zeros(BUCKETS, np.int64), np.zeros(BUCKETS, np.int64)
+    width = 64 - (BUCKETS.bit_length() - 1)
+    for path in encoded:
+        place, n = parts.load_places(path)
+        bucket = (place >> np.uint64(width)).astype(np.int64)
+        np.add.at(tokens, bucket, n)
+        np.add.at(documents, bucket, 1)
+    used = np.flatnonzero(documents)
+    plans = []
+    for split, mine in (("train", used[used >= BUCKETS // 2]), ("val", used[used < BUCKETS // 2])):
+        limits = shard_limits(tokens[mine], shard_tokens) if len(mine) else [0]
+        for i, (a, b) in enumerate(itertools.pairwise(limits)):
+            buckets = mine[a:b]
+            first, last = int(buckets[0]) << width, (int(buckets[-1]) + 1 << width) - 1
+            plans.append(ShardPlan(split, i, first, last, int(documents[buckets].sum()), int(tokens[buckets].sum())))
+    return plans
 
-    Documents of one key (kept duplicates) stay in one shard.
-    """
-    if not len(key):
-        return []
-    order = np.argsort(key, kind="stable")
-    key, tokens = key[order], tokens[order].astype(np.int64)
-    starts = np.unique(np.searchsorted(key, key[shard_limits(tokens, shard_tokens)[:-1]], "left"))
-    ends = np.append(starts[1:], len(key))
-    return [
-        ShardPlan(split, i, int(key[a]), int(key[b - 1]), int(b - a), int(tokens[a:b].sum()))
-        for i, (a, b) in enumerate(zip(starts, ends, strict=True))
-    ]
 
-
-def write_shard(
-    plan: ShardPlan, parts: list[Path], path: Path, *, val_limit: int, seed: int, level: int | None
-) -> Shard:
-    """Gather a shard's documents from all parts, in key order, and write it to the local `path`."""
-    keys, where, lengths, sources, arrays = [], [], [], [], []
-    for number, part in enumerate(parts):
-        encoded = load_encoded(part)
-        arrays.append(encoded.ids)
-        a = int(np.searchsorted(encoded.key, np.uint64(plan.first), "left"))
-        b = int(np.searchsorted(encoded.key, np.uint64(plan.last), "right"))
-        mine = validates(encoded.key[a:b], val_limit, seed) == (plan.split == "val")
-        tokens = encoded.tokens[a:b].astype(np.int64)
-        begins = int(encoded.tokens[:a].sum(dtype=np.int64)) + np.cumsum(tokens) - tokens
-        keys.append(encoded.key[a:b][mine])
-        where.append(begins[mine])
-        lengths.append(tokens[mine])
-        sources.append(np.full(int(mine.sum()), number, np.int64))
-    key, at, length, source = map(np.concatenate, (keys, where, lengths, sources))
-    order = np.argsort(key, kind="stable")
-    with ShardWriter(path, plan.tokens, arrays[0].dtype, level=level) as writer:
+def write_shard(plan: ShardPlan, encoded: list[Path], path: Path, *, dtype: np.dtype, level: int | None) -> Shard:
+    """Gather a shard's documents from all parts, in the order of their places, and write it to the local `path`."""
+    ids = np.empty(plan.tokens, dtype)
+    places, lengths, filled = [], [], 0
+    for part in encoded:
+        place, n = parts.load_places(part)
+        a = int(np.searchsorted(place, np.uint64(plan.first), "left"))
+        b = int(np.searchsorted(place, np.uint64(plan.last), "right"))
+        slice_tokens = int(n[a:b].sum(dtype=np.int64))
+        parts.read_ids(part, int(n[:a].sum(dtype=np.int64)), ids[filled : filled + slice_tokens])
+        filled += slice_tokens
+        places.append(place[a:b])
+        lengths.append(n[a:b])
+    place, length = np.concatenate(places), np.concatenate(lengths).astype(np.int64)
+    begin = np.cumsum(length) - length
+    order = np.argsort(place, kind="stable")
+    with ShardWriter(path, plan.tokens, dtype, level=level) as writer:
         pending, n = [], 0
-        for s, a, k in zip(source[order].tolist(), at[order].tolist(), length[order].tolist(), strict=True):
-            pending.append(arrays[s][a : a + k])
+        for a, k in zip(begin[order].tolist(), length[order].tolist(), strict=True):
+            pending.append(ids[a : a + k])
             n += k
             if n >= GATHER_TOKENS:
                 writer.write(np.concatenate(pending))

@@ -1,8 +1,8 @@
 """What passes between preparation's stages: one file per task and stage, committed whole, skipped when found valid.
 
 A cleaned part holds documents as arrays: the UTF-8 of all turns end to end, the length and role of each turn, the turns
-of each document and its 64-bit hash. An encoded part holds documents in the order of their shuffle keys, so that every
-output shard is one slice of every part. Both are safetensors: arrays and a text header, nothing executable.
+of each document and its 64-bit hash. An encoded part holds documents in the order of their place in the dataset, so that
+every output shard is one slice of every part. Both are safetensors: arrays and a text header, nothing executable.
 """
 
 import itertools
@@ -69,9 +69,9 @@ class Documents:
 
 @dataclass
 class Encoded:
-    """Encoded documents of one part, in ascending order of `key`."""
+    """Encoded documents of one part, in ascending order of `place`."""
 
-    key: np.ndarray  # (documents,) uint64
+    place: np.ndarray  # (documents,) uint64
     tokens: np.ndarray  # (documents,) uint32, ids per document
     ids: np.ndarray  # (sum of tokens,) uint16 or uint32, documents end to end
 
@@ -100,7 +100,7 @@ def load_documents(path: Path) -> Documents:
 
 
 def save_encoded(path: Path, part: Encoded) -> list[Path]:
-    """Publish an encoded part, uncompressed: shards are gathered from it by memory map. Returns the files."""
+    """Publish an encoded part, uncompressed: every shard reads its own slice of it. Returns the files."""
     return [_save_array(path.with_suffix(f".{name}.npy"), array) for name, array in vars(part).items()]
 
 
@@ -115,10 +115,22 @@ def _save_array(path: Path, array: np.ndarray) -> Path:
     return path
 
 
-def load_encoded(path: Path) -> Encoded:
-    """Memory-map an encoded part."""
-    names = ("key", "tokens", "ids")
-    return Encoded(*(np.load(path.with_suffix(f".{n}.npy"), mmap_mode="r", allow_pickle=False) for n in names))
+def load_places(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """(place, tokens), each (documents,), of an encoded part."""
+    return tuple(np.load(path.with_suffix(f".{n}.npy"), allow_pickle=False) for n in ("place", "tokens"))
+
+
+def read_ids(path: Path, start: int, ids: np.ndarray) -> None:
+    """Fill `ids` with the encoded part's ids from the `start`-th on.
+
+    Read, not mapped: the mapped pages of a thousand parts would count as this process's memory.
+    """
+    with open(path.with_suffix(".ids.npy"), "rb") as f:
+        np.lib.format.read_magic(f)
+        np.lib.format.read_array_header_1_0(f)
+        f.seek(start * ids.itemsize, 1)
+        if f.readinto(memoryview(ids).cast("B")) != ids.nbytes:
+            raise DataError(f"{path}: damaged working file: delete {path.parent} and run prep again")
 
 
 def save_marker(path: Path, figures: dict, files: list[Path]) -> dict:

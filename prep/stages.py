@@ -154,12 +154,12 @@ def proof_texts(cleaned: Cleaned, n_bytes: int = 1 << 20) -> list[str]:
 def encode_parts(
     cleaned: Cleaned, selection: Selection, work: Path, *, engine: str, dtype: np.dtype, seed: int, pool: Pool
 ) -> list[Path]:
-    """Cleaned parts -> encoded parts, duplicates left out."""
+    """Cleaned parts -> encoded parts, duplicates left out, validation documents first."""
     tokenizer_path = work / "tokenizer.json"
     done = []
     with Meter("encode", cleaned.counts["kept_bytes"], "B") as meter:
         jobs = (
-            (path, keep, tokenizer_path, engine, str(dtype), seed)
+            (path, keep, tokenizer_path, engine, str(dtype), selection.val_limit, seed)
             for path, keep in zip(cleaned.parts, selection.keep, strict=True)
         )
         for path, marker in zip(cleaned.parts, pool.run(encode_task, jobs), strict=True):
@@ -168,7 +168,9 @@ def encode_parts(
     return done
 
 
-def encode_task(path: Path, keep: np.ndarray, tokenizer: Path, engine: str, dtype: str, seed: int) -> dict:
+def encode_task(
+    path: Path, keep: np.ndarray, tokenizer: Path, engine: str, dtype: str, val_limit: int, seed: int
+) -> dict:
     """One cleaned part -> one encoded part and its marker."""
     out = path.with_name(path.name.replace("clean-", "ids-").replace(".zst", ""))
     marker_path = out.with_suffix(".json")
@@ -177,7 +179,9 @@ def encode_task(path: Path, keep: np.ndarray, tokenizer: Path, engine: str, dtyp
     documents = parts.load_documents(path)
     n_bytes = len(documents.text)
     encoder = _encoder(str(tokenizer), engine)
-    encoded = encode.encode_documents(documents.select(keep), encoder, seed=seed, dtype=np.dtype(dtype))
+    encoded = encode.encode_documents(
+        documents.select(keep), encoder, val_limit=val_limit, seed=seed, dtype=np.dtype(dtype)
+    )
     return parts.save_marker(marker_path, {"bytes": n_bytes}, parts.save_encoded(out, encoded))
 
 
@@ -189,23 +193,13 @@ def _encoder(tokenizer_path: str, engine: str) -> encode.Encoder:
 # ---- shards ---------------------------------------------------------------------------------------------------------
 
 
-def plan_output(encoded: list[Path], selection: Selection, *, shard_tokens: int, seed: int) -> list[merge.ShardPlan]:
-    """The shards of both splits, from the encoded documents' keys and lengths."""
-    arrays = [parts.load_encoded(p) for p in encoded]
-    key = np.concatenate([a.key for a in arrays])
-    tokens = np.concatenate([a.tokens for a in arrays])
-    is_val = dedup.validates(key, selection.val_limit, seed)
-    train = merge.plan_shards("train", key[~is_val], tokens[~is_val], shard_tokens)
-    return train + merge.plan_shards("val", key[is_val], tokens[is_val], shard_tokens)
-
-
 def write_shards(
     plans: list[merge.ShardPlan], encoded: list[Path], output: str, work: Path, *,
-    val_limit: int, seed: int, level: int | None, pool: Pool,
+    dtype: np.dtype, level: int | None, pool: Pool,
 ) -> list[Shard]:  # fmt: skip
     """Write every planned shard to the output, at any URL; those already there and unchanged are kept."""
     with Meter("write", sum(p.tokens for p in plans), " tokens") as meter:
-        jobs = ((plan, encoded, output, work, val_limit, seed, level) for plan in plans)
+        jobs = ((plan, encoded, output, work, str(dtype), level) for plan in plans)
         shards = []
         for shard in pool.run(shard_task, jobs):
             shards.append(shard)
@@ -214,7 +208,7 @@ def write_shards(
 
 
 def shard_task(
-    plan: merge.ShardPlan, encoded: list[Path], output: str, work: Path, val_limit: int, seed: int, level: int | None
+    plan: merge.ShardPlan, encoded: list[Path], output: str, work: Path, dtype: str, level: int | None
 ) -> Shard:
     """Gather, write and publish one shard."""
     name = plan.file_name(level is not None)
@@ -225,7 +219,7 @@ def shard_task(
         if not fs.is_local(url) or fs.sha256_file(fs.local_path(url)) == shard.sha256:
             return shard
     # made in the work folder, which goes when all is done: a killed writer must not leave its half in the dataset
-    shard = merge.write_shard(plan, encoded, work / name, val_limit=val_limit, seed=seed, level=level)
+    shard = merge.write_shard(plan, encoded, work / name, dtype=np.dtype(dtype), level=level)
     fs.move_file(url, work / name)
     parts.save_marker(marker_path, {"shard": vars(shard)}, [])
     return shard

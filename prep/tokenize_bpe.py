@@ -29,7 +29,7 @@ from cli.errors import USER_ERRORS, UserError
 from cli.flags import flag
 from cli.progress import Meter, count, duration
 from gpt.tokenizer import SPLIT_PATTERNS, Tokenizer
-from prep import bpe, corpus, encode, parts, stages
+from prep import bpe, corpus, encode, merge, parts, stages
 from prep.pool import Pool, usable_cpus
 from store import fs, lock
 from store.errors import StoreError
@@ -126,15 +126,11 @@ def build(
     engine, warning = encode.choose_engine(tokenizer, stages.proof_texts(cleaned))
     if warning:
         print(f"warning: {warning}", file=sys.stderr)
-    encoded = stages.encode_parts(
-        cleaned, selection, work,
-        engine=engine, dtype=dtype_for(tokenizer.vocab_size), seed=settings.seed, pool=pool,
-    )  # fmt: skip
-    plans = stages.plan_output(encoded, selection, shard_tokens=settings.shard_tokens, seed=settings.seed)
+    dtype = dtype_for(tokenizer.vocab_size)
+    encoded = stages.encode_parts(cleaned, selection, work, engine=engine, dtype=dtype, seed=settings.seed, pool=pool)
     shards = stages.write_shards(
-        plans, encoded, output, work,
-        val_limit=selection.val_limit, seed=settings.seed,
-        level=settings.level if settings.compress else None, pool=pool,
+        merge.plan_shards(encoded, settings.shard_tokens), encoded, output, work,
+        dtype=dtype, level=settings.level if settings.compress else None, pool=pool,
     )  # fmt: skip
 
     report = make_report(cleaned, selection, shards)
@@ -144,7 +140,7 @@ def build(
     write_metadata(
         output,
         shards,
-        dtype=dtype_for(tokenizer.vocab_size).name,
+        dtype=dtype.name,
         vocab_size=tokenizer.vocab_size,
         special_ids=tokenizer.special_ids,
         tokenizer_sha256=hashlib.sha256(tokenizer.json_text.encode()).hexdigest(),

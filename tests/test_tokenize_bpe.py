@@ -11,7 +11,7 @@ import pytest
 
 from gpt.tokenizer import Tokenizer
 from prep import corpus as reading
-from prep import pool, stages
+from prep import merge, pool, stages
 from store.shards import TokenShards
 from tests.helpers import command, error_of, files, prepare, start
 
@@ -128,7 +128,7 @@ def test_damaged_working_files_are_made_again(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(reading, "TASK_BYTES", 100_000)
     prepare("--input", corpus, "--output", tmp_path / "quiet", *FLAGS)
     with monkeypatch.context() as m:
-        m.setattr(stages, "plan_output", lambda *a, **k: 1 / 0)
+        m.setattr(merge, "plan_shards", lambda *a, **k: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             prepare("--input", corpus, "--output", tmp_path / "d", *FLAGS)
     for number, path in enumerate(sorted((tmp_path / "d" / ".prep").iterdir())):
