@@ -1,0 +1,261 @@
+"""Measure preparation: a whole run against its bars, and its speed and stored size against how others do it.
+
+    python scripts/bench_prep.py --corpus big.txt --part scale
+    python scripts/bench_prep.py --corpus big.txt --part peers --limit 200MB
+
+`scale` runs prep/tokenize_bpe.py as a user would, samples the memory of all its processes and the size of its work
+folder, and shows time and peaks. `peers` turns the same text into stored ids with the same tokenizer three ways.
+"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # Python put this file's folder first in sys.path: the project's root belongs there
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import gzip
+import json
+import multiprocessing
+import os
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import psutil
+import tokenizers
+
+from cli import flags
+from cli.errors import UserError
+from cli.flags import flag, number
+from cli.progress import Meter, count, duration
+from prep import corpus
+from prep.pool import usable_cpus
+from store.shards import TokenShards
+
+ROOT = Path(__file__).resolve().parent.parent
+CHUNK_BYTES = 100_000_000
+
+
+@dataclass(frozen=True)
+class BenchFlags:
+    """Flags of scripts/bench_prep.py."""
+
+    corpus: str = flag("", "a local text file of conversations")
+    part: Literal["scale", "peers"] = flag("scale", "what to measure")
+    limit: int | None = flag(None, "use only the first bytes of the corpus", parse=number)
+    extra: str = flag("", "further flags of prep/tokenize_bpe.py, in one string: '--near-dup 0.8'")
+    folder: str = flag("", "where to work (default: a temporary folder beside the corpus)")
+    max_minutes: float | None = flag(None, "fail when a whole run takes longer")
+    max_gb: float | None = flag(None, "fail when all processes together ever hold more memory (GB)")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print a table; exit code 1 when a bar that was asked for is missed."""
+    args, _ = flags.parse(BenchFlags, argv, prog="bench_prep.py", description=__doc__.split("\n")[0])
+    path = Path(args.corpus).expanduser()
+    if not args.corpus or not path.is_file():
+        raise UserError(f"--corpus {args.corpus or 'is missing'}: name a local text file")
+    size = min(path.stat().st_size, args.limit or 1 << 62)
+    print(f"machine    {machine()}\ncorpus     {path.name}, {count(size)}B")
+    folder = Path(tempfile.mkdtemp(prefix="bench-prep-", dir=args.folder or path.resolve().parent))
+    try:
+        return measure_scale(args, path, size, folder) if args.part == "scale" else measure_peers(path, size, folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def machine() -> str:
+    """CPU, cores, memory and versions, for the table's heading."""
+    model = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
+    memory = count(psutil.virtual_memory().total)
+    return f"{model}, {usable_cpus()} cores, {memory}B, Python {platform.python_version()}, {platform.system()}"
+
+
+# ---- a whole run ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Peaks:
+    """The most that was ever seen."""
+
+    memory: int = 0  # bytes resident in all processes; shared pages count once for each
+    largest_process: int = 0
+    disk: int = 0  # bytes of temporary files
+
+
+def run_prep(corpus_path: Path, output: Path, arguments: list[str]) -> tuple[float, Peaks]:
+    """(seconds, peaks) of one real run. Raises UserError when it fails."""
+    command = [sys.executable, str(ROOT / "prep/tokenize_bpe.py"), "--input", str(corpus_path), "--output", str(output)]
+    peaks, start_s = Peaks(), time.monotonic()
+    process = psutil.Popen([*command, *arguments])
+    ticks = 0
+    while process.poll() is None:
+        sizes = resident(process)
+        peaks.memory = max(peaks.memory, sum(sizes))
+        peaks.largest_process = max(peaks.largest_process, max(sizes, default=0))
+        if ticks % 20 == 0:
+            peaks.disk = max(peaks.disk, folder_bytes(output / ".prep"))
+        ticks += 1
+        time.sleep(0.1)
+    if process.returncode:
+        raise UserError(f"prep/tokenize_bpe.py ended with {process.returncode}: see its message above")
+    return time.monotonic() - start_s, peaks
+
+
+def resident(process: psutil.Process) -> list[int]:
+    """Resident bytes of a process and of each of its descendants."""
+    sizes = []
+    try:
+        for p in (process, *process.children(recursive=True)):
+            sizes.append(p.memory_info().rss)
+    except psutil.Error:
+        pass  # one ended just now
+    return sizes
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of the files in a folder, which may change while it is read."""
+    try:
+        with os.scandir(folder) as entries:
+            return sum(e.stat().st_size for e in entries if e.is_file())
+    except OSError:
+        return 0
+
+
+def measure_scale(args: BenchFlags, path: Path, size: int, folder: Path) -> int:
+    """The whole command, its time and its peaks."""
+    arguments = ["--compress", *args.extra.split(), *(["--limit", str(args.limit)] if args.limit else [])]
+    print(f"command    prep/tokenize_bpe.py --input {path.name} {' '.join(arguments)}\n", flush=True)
+    seconds, peaks = run_prep(path, folder / "tokens", arguments)
+    shards = TokenShards(str(folder / "tokens")).shards
+    tokens, stored = sum(s.tokens for s in shards), sum(s.stored_bytes for s in shards)
+    print(f"\n| {count(size)}B of text | |\n|---|---|\n"
+          f"| whole command | {duration(seconds)}, {count(size / seconds)}B/s |\n"
+          f"| peak memory of all processes | {peaks.memory / 1e9:.2f} GB (largest {peaks.largest_process / 1e9:.2f}) |\n"
+          f"| peak temporary disk | {count(peaks.disk)}B, {peaks.disk / size:.2f}x the text |\n"
+          f"| stored | {count(tokens)} tokens in {count(stored)}B, {stored / tokens:.3f} bytes each |")  # fmt: skip
+    missed = []
+    if args.max_minutes and seconds > 60 * args.max_minutes:
+        missed.append(f"took {duration(seconds)}, expected at most {args.max_minutes:g} minutes")
+    if args.max_gb and peaks.memory > 1e9 * args.max_gb:
+        missed.append(f"held {peaks.memory / 1e9:.2f} GB, expected at most {args.max_gb:g}")
+    if peaks.disk > size:
+        missed.append(f"used {peaks.disk / size:.2f}x the text of temporary disk, expected less than 1x")
+    for line in missed:
+        print(f"missed: {line}")
+    return int(bool(missed))
+
+
+# ---- against others -------------------------------------------------------------------------------------------------
+
+
+def measure_peers(path: Path, size: int, folder: Path) -> int:
+    """The same text and tokenizer -> stored ids, three ways. Training the tokenizer is in none of the times."""
+    text = folder / "corpus.txt"
+    with open(path, "rb") as source, open(text, "wb") as target:
+        left = size
+        while left and (block := source.read(min(left, 1 << 24))):
+            target.write(block)
+            left -= len(block)
+    trained = folder / "trained"
+    run_prep(text, trained, ["--limit", str(min(size, 100_000_000))])
+    tokenizer = trained / "tokenizer.json"
+    lines = folder / "corpus.jsonl"
+    write_jsonl(text, lines)
+
+    timed: dict[str, tuple[float, int]] = {}
+    # what the others do not do is left out of ours, then shown with it
+    timed["this project, no cleaning, no dedup"] = ours(
+        text, folder / "plain", tokenizer, ["--clean", "off", "--dedup", "off"]
+    )
+    timed["this project, all of it"] = ours(text, folder / "all", tokenizer, [])
+    timed["encode_batch on 100 MB chunks, gzip -6"] = encode_batch_gzip(text, tokenizer, folder / "chunks.bin.gz")
+    timed["Megatron-LM's way: one document per call in a pool"] = megatron(lines, tokenizer, folder / "megatron.bin")
+
+    ours_s, ours_stored = timed["this project, no cleaning, no dedup"]
+    print("\n| 1 run, same text, same tokenizer | time | MB/s | ours is | stored |\n|---|---|---|---|---|")
+    for name, (seconds, stored) in timed.items():
+        print(f"| {name} | {seconds:.1f} s | {size / seconds / 1e6:.1f} | {seconds / ours_s:.1f}x | {count(stored)}B |")
+    gzipped = timed["encode_batch on 100 MB chunks, gzip -6"][1]
+    print(f"\nstored size: {100 * (1 - ours_stored / gzipped):.1f} % below gzip -6 of uint16")
+    return 0
+
+
+def ours(text: Path, output: Path, tokenizer: Path, arguments: list[str]) -> tuple[float, int]:
+    """(seconds, stored bytes) of the real command."""
+    seconds, _ = run_prep(text, output, ["--tokenizer", str(tokenizer), "--compress", *arguments])
+    return seconds, sum(s.stored_bytes for s in TokenShards(str(output)).shards)
+
+
+def encode_batch_gzip(text: Path, tokenizer_path: Path, out: Path) -> tuple[float, int]:
+    """The usual notebook: chunks of 100 MB, their lines through `encode_batch`, ids as uint16, gzip -6 at the end."""
+    tokenizer = load_plain(tokenizer_path)
+    start_s = time.monotonic()
+    with (
+        Meter("chunks", text.stat().st_size, "B") as meter,
+        open(text, encoding="utf-8", errors="replace") as f,
+        gzip.open(out, "wb", compresslevel=6) as stored,
+    ):
+        while chunk := f.readlines(CHUNK_BYTES):
+            for encoding in tokenizer.encode_batch(chunk):
+                stored.write(np.array(encoding.ids, np.uint16).tobytes())
+            meter.add(sum(map(len, chunk)))
+    return time.monotonic() - start_s, out.stat().st_size
+
+
+def megatron(lines: Path, tokenizer_path: Path, out: Path) -> tuple[float, int]:
+    """tools/preprocess_data.py of Megatron-LM: a pool of processes, each encoding one JSON line at a time."""
+    start_s = time.monotonic()
+    context = multiprocessing.get_context("spawn")
+    with (
+        Meter("megatron", lines.stat().st_size, "B") as meter,
+        context.Pool(usable_cpus(), _load_in_worker, (str(tokenizer_path),)) as pool,
+        open(lines, encoding="utf-8") as f, open(out, "wb") as stored,
+    ):  # fmt: skip
+        for ids, n_bytes in pool.imap(_encode_line, f, 32):
+            stored.write(np.array(ids, np.uint16).tobytes())
+            meter.add(n_bytes)
+    return time.monotonic() - start_s, out.stat().st_size
+
+
+def _load_in_worker(path: str) -> None:
+    global _tokenizer
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _tokenizer = load_plain(Path(path))
+
+
+def _encode_line(line: str) -> tuple[list[int], int]:
+    return _tokenizer.encode(json.loads(line)["text"]).ids, len(line)
+
+
+def load_plain(path: Path) -> tokenizers.Tokenizer:
+    """The tokenizer as anyone would load it."""
+    return tokenizers.Tokenizer.from_file(str(path))
+
+
+def write_jsonl(text: Path, out: Path) -> None:
+    """Conversations as Megatron wants them: {"text": …} lines."""
+    with open(out, "w", encoding="utf-8") as f:
+        for document in _documents(text):
+            f.write(json.dumps({"text": document}, ensure_ascii=False) + "\n")
+
+
+def _documents(text: Path) -> Iterator[str]:
+    for task in corpus.plan(corpus.find_sources((str(text),))):
+        for piece in task.pieces:
+            for chunk in corpus.read_chunks(piece):
+                for block in chunk.decode(errors="replace").split("\n\n"):
+                    if block.strip():
+                        yield block
+
+
+if __name__ == "__main__":
+    flags.run(main)
