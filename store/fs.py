@@ -245,16 +245,21 @@ class _Mismatch(StoreError):
 
 
 @contextlib.contextmanager
-def staged(path: Path) -> Iterator[Path]:
-    """A temporary name beside a local `path`, fsynced and moved over it on success, removed on failure."""
+def staged(path: Path, *, durable: bool = True) -> Iterator[Path]:
+    """A temporary name beside a local `path`, fsynced and moved over it on success, removed on failure.
+
+    Without `durable` there is no fsync: for what is proved by its hash when it is read, and can be made again.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
-        with open(temporary, "rb+") as f:
-            os.fsync(f.fileno())  # else a power cut can leave the name with nothing behind it
+        if durable:
+            with open(temporary, "rb+") as f:
+                os.fsync(f.fileno())  # else a power cut can leave the name with nothing behind it
         os.replace(temporary, path)
-        _fsync_folder(path.parent)
+        if durable:
+            _fsync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
