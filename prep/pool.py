@@ -1,18 +1,44 @@
 """Run pure tasks in a pool of processes, results in the order of the tasks, whatever finishes first."""
 
+import contextlib
+import logging
 import multiprocessing
 import os
+import queue
 import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
-from cli.errors import UserError
+from cli.errors import Unfinished
 
 T = TypeVar("T")
+
+# One process per core already: the engines' own threads would only fight. And glibc gives each large buffer back to
+# the kernel and pays its page faults again at the next task: kept instead, cleaning goes from 33 to 41 MB/s a core.
+# The latter is read when a process starts; other C libraries ignore it.
+WORKER_ENVIRONMENT = {
+    "RAYON_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
+}
+
+
+class Executor(Protocol):
+    """What a pass needs of whatever runs its tasks: `with executor as pool: for result in pool.run(work, tasks)`."""
+
+    workers: int
+
+    def __enter__(self) -> "Executor": ...
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None: ...
+
+    def run(self, work: Callable[..., T], tasks: Iterable[tuple[Any, ...]]) -> Iterator[T]:
+        """`work(*task)` for each task, in order, a bounded number under way. What a task raises is raised."""
 
 
 def usable_cpus() -> int:
@@ -20,28 +46,40 @@ def usable_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def in_order(
+    start: Callable[[Any], Any], result: Callable[[Any], T], tasks: Iterable[Any], under_way: int
+) -> Iterator[T]:
+    """`result(start(task))` of each task, in order, with at most `under_way` started and not yet given out."""
+    started: deque = deque()
+    for task in tasks:
+        started.append(start(task))
+        if len(started) >= under_way:
+            yield result(started.popleft())
+    while started:
+        yield result(started.popleft())
+
+
 def _start_worker() -> None:
-    # Ctrl-C reaches every process of a terminal: the parent answers for all
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ["RAYON_NUM_THREADS"] = "1"  # one process per core already: the engines' own threads would only fight
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    # Ctrl-C and a closed terminal reach every process of it: the parent answers for all
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    os.environ.update(WORKER_ENVIRONMENT)
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # as in the parent: it prints tracebacks of faults that pass
     parent = multiprocessing.parent_process()
     # a killed parent must not leave workers behind: they would hold memory, and files that are to be written again
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 class Pool:
-    """`with Pool(workers) as pool: for result in pool.run(work, tasks)`: the same processes serve every pass.
+    """The executor of one machine: the same processes serve every pass.
 
     One worker means this process. Workers are spawned, not forked: gcsfs is not fork-safe.
     """
 
     def __init__(self, workers: int) -> None:
         self.workers = workers
-        # glibc gives each large buffer back to the kernel and pays its page faults again at the next task: kept instead,
-        # cleaning goes from 33 to 41 MB/s a core. Read when a worker starts; other C libraries ignore it.
         for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
-            os.environ.setdefault(name, str(1 << 30))
+            os.environ.setdefault(name, WORKER_ENVIRONMENT[name])
         context = multiprocessing.get_context("spawn")
         self.executor = ProcessPoolExecutor(workers, context, _start_worker) if workers > 1 else None
 
@@ -49,23 +87,56 @@ class Pool:
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        if self.executor:
-            self.executor.shutdown(wait=True, cancel_futures=True)
+        if self.executor is None:
+            return
+        if kind is not None:
+            # after an error or a signal nothing is waited for: what a pure task had half done, the next run does again
+            for worker in multiprocessing.active_children():
+                worker.kill()
+        self.executor.shutdown(wait=True, cancel_futures=True)
 
     def run(self, work: Callable[..., T], tasks: Iterable[tuple[Any, ...]]) -> Iterator[T]:
         """`work(*task)` for each task, in order, at most 2 tasks per worker under way. What a task raises is raised."""
         if self.executor is None:
-            for task in tasks:
-                yield work(*task)
+            yield from (work(*task) for task in tasks)
             return
-        under_way: deque = deque()
         try:
-            for task in tasks:
-                under_way.append(self.executor.submit(work, *task))
-                if len(under_way) >= 2 * self.workers:
-                    yield under_way.popleft().result()
-            while under_way:
-                yield under_way.popleft().result()
+            yield from in_order(
+                lambda task: self.executor.submit(work, *task), Future.result, tasks, under_way=2 * self.workers
+            )
         except BrokenProcessPool as e:
-            raise UserError("a worker process was killed, most often for lack of memory: "
-                            "run the same command with --resume and fewer --workers") from e  # fmt: skip
+            raise Unfinished("a worker process was killed, most often for lack of memory: "
+                             "run the same command with --resume and fewer --workers") from e  # fmt: skip
+
+
+def in_threads(work: Callable[[Any], T], items: Iterable[Any], *, threads: int) -> Iterator[T]:
+    """`work(item)` for each item, in order, while the next items are being made: for what waits on a disk or a network.
+
+    At most `threads` items wait or are worked on. What `work` raises is raised. The threads are daemons, so that a
+    program which stops does not stay for a slow upload.
+    """
+    jobs: queue.SimpleQueue = queue.SimpleQueue()
+
+    def serve() -> None:
+        while (job := jobs.get()) is not None:
+            future, item = job
+            try:
+                future.set_result(work(item))
+            except BaseException as e:  # handed to whoever asks for the result
+                future.set_exception(e)
+
+    def start(item: Any) -> Future:
+        future: Future = Future()
+        jobs.put((future, item))
+        return future
+
+    for _ in range(threads):
+        threading.Thread(target=serve, daemon=True).start()
+    try:
+        yield from in_order(start, Future.result, items, under_way=threads)
+    finally:
+        with contextlib.suppress(queue.Empty):  # what has not begun never does
+            while True:
+                jobs.get_nowait()
+        for _ in range(threads):
+            jobs.put(None)

@@ -15,11 +15,12 @@ from cli.progress import Meter
 from gpt.tokenizer import Tokenizer
 from prep import clean as cleaning
 from prep import corpus, dedup, encode, merge, parts
-from prep.pool import Pool
+from prep.pool import Executor, in_threads
 from store import fs
 from store.shards import Shard
 
 EXAMPLES_PER_REASON = 3
+UPLOADS = 4  # shards on their way to the output at once, beside the work: as many wait on this disk at most
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Cleaned:
 # ---- clean ----------------------------------------------------------------------------------------------------------
 
 
-def clean_corpus(tasks: list[corpus.Task], work: Path, *, rule_set: str, pool: Pool) -> Cleaned:
+def clean_corpus(tasks: list[corpus.Task], work: Path, *, rule_set: str, pool: Executor) -> Cleaned:
     """Read, cut into documents, clean, drop, hash."""
     counts, examples, done, groups = Counter(), {}, [], []
     with Meter("clean", sum(t.size for t in tasks), "B") as meter:
@@ -51,9 +52,14 @@ def clean_corpus(tasks: list[corpus.Task], work: Path, *, rule_set: str, pool: P
     return Cleaned(done, groups, counts, examples)
 
 
+def clean_marker(task: corpus.Task, work: Path) -> Path:
+    """Where a task of the clean pass says that it is done."""
+    return work / f"clean-{task.index:06d}.json"
+
+
 def clean_task(task: corpus.Task, work: Path, rule_set: str) -> dict:
     """One task -> cleaned parts and their marker."""
-    marker_path = work / f"clean-{task.index:06d}.json"
+    marker_path = clean_marker(task, work)
     if marker := parts.load_marker(marker_path):
         return marker
     rules, counts, examples, files = cleaning.RULES[rule_set], Counter(), {}, []
@@ -152,7 +158,7 @@ def proof_texts(cleaned: Cleaned, n_bytes: int = 1 << 20) -> list[str]:
 
 
 def encode_parts(
-    cleaned: Cleaned, selection: Selection, work: Path, *, engine: str, dtype: np.dtype, seed: int, pool: Pool
+    cleaned: Cleaned, selection: Selection, work: Path, *, engine: str, dtype: np.dtype, seed: int, pool: Executor
 ) -> list[Path]:
     """Cleaned parts -> encoded parts, duplicates left out, validation documents first."""
     tokenizer_path = work / "tokenizer.json"
@@ -195,31 +201,41 @@ def _encoder(tokenizer_path: str, engine: str) -> encode.Encoder:
 
 def write_shards(
     plans: list[merge.ShardPlan], encoded: list[Path], output: str, work: Path, *,
-    dtype: np.dtype, level: int | None, pool: Pool,
+    dtype: np.dtype, level: int | None, pool: Executor,
 ) -> list[Shard]:  # fmt: skip
-    """Write every planned shard to the output, at any URL; those already there and unchanged are kept."""
+    """Write every planned shard and publish it at the output, any URL, while the next ones are made.
+
+    Those that an earlier run published, and that are unchanged, are kept.
+    """
+    names = [p.file_name(level is not None) for p in plans]
     with Meter("write", sum(p.tokens for p in plans), " tokens") as meter:
-        jobs = ((plan, encoded, output, work, str(dtype), level) for plan in plans)
-        shards = []
-        for shard in pool.run(shard_task, jobs):
-            shards.append(shard)
+        found = in_threads(lambda name: published_shard(name, output, work), names, threads=UPLOADS)
+        shards = {name: shard for name, shard in zip(names, found, strict=True) if shard}
+        meter.add(sum(s.tokens for s in shards.values()))
+        todo = [(plan, work / name) for plan, name in zip(plans, names, strict=True) if name not in shards]
+        made = pool.run(shard_task, ((plan, encoded, path, str(dtype), level) for plan, path in todo))
+        for shard in in_threads(lambda shard: publish_shard(shard, output, work), made, threads=UPLOADS):
+            shards[shard.name] = shard
             meter.add(shard.tokens)
-    return shards
+    return [shards[name] for name in names]
 
 
-def shard_task(
-    plan: merge.ShardPlan, encoded: list[Path], output: str, work: Path, dtype: str, level: int | None
-) -> Shard:
-    """Gather, write and publish one shard."""
-    name = plan.file_name(level is not None)
-    url, marker_path = fs.join(output, name), work / f"{name}.json"
-    marker = parts.load_marker(marker_path)
-    if marker and fs.size(url) == marker["shard"]["stored_bytes"]:
-        shard = Shard(**marker["shard"])
-        if not fs.is_local(url) or fs.sha256_file(fs.local_path(url)) == shard.sha256:
-            return shard
-    # made in the work folder, which goes when all is done: a killed writer must not leave its half in the dataset
-    shard = merge.write_shard(plan, encoded, work / name, dtype=np.dtype(dtype), level=level)
-    fs.move_file(url, work / name)
-    parts.save_marker(marker_path, {"shard": vars(shard)}, [])
+def shard_task(plan: merge.ShardPlan, encoded: list[Path], path: Path, dtype: str, level: int | None) -> Shard:
+    """Gather one shard into the work folder, which goes when all is done: no half of one ever stands in the dataset."""
+    return merge.write_shard(plan, encoded, path, dtype=np.dtype(dtype), level=level)
+
+
+def publish_shard(shard: Shard, output: str, work: Path) -> Shard:
+    """Move a shard from the work folder to the output, verified, and only then mark it as done."""
+    fs.move_file(fs.join(output, shard.name), work / shard.name)
+    parts.save_marker(work / f"{shard.name}.json", {"shard": vars(shard)}, [])
     return shard
+
+
+def published_shard(name: str, output: str, work: Path) -> Shard | None:
+    """The shard of that name if an earlier run published it and the output still has it unchanged."""
+    marker, url = parts.load_marker(work / f"{name}.json"), fs.join(output, name)
+    if marker is None or fs.size(url) != marker["shard"]["stored_bytes"]:
+        return None
+    shard = Shard(**marker["shard"])
+    return shard if not fs.is_local(url) or fs.sha256_file(fs.local_path(url)) == shard.sha256 else None

@@ -14,26 +14,31 @@ if __name__ == "__main__":  # Python put this file's folder first in sys.path: t
 
 import hashlib
 import json
+import os
 import platform
 import resource
 import shlex
 import shutil
 import time
+import unicodedata
 from collections import Counter
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any, Literal
 
 from cli import flags
-from cli.errors import USER_ERRORS, UserError
+from cli.errors import USER_ERRORS, Unfinished, UserError
 from cli.flags import flag
 from cli.progress import Meter, count, duration
+from cli.stop import Stopped, stoppable
 from gpt.tokenizer import SPLIT_PATTERNS, Tokenizer
-from prep import bpe, corpus, encode, merge, parts, stages
-from prep.pool import Pool, usable_cpus
-from store import fs, lock
+from prep import bpe, corpus, encode, merge, parts, shares, stages, work_folder
+from prep.pool import Executor, Pool, usable_cpus
+from store import fs
 from store.errors import StoreError
-from store.shards import TokenShards, default_cache, dtype_for, write_metadata
+from store.shards import dtype_for, write_metadata
 
 
 @dataclass(frozen=True)
@@ -57,16 +62,32 @@ class Settings:
     limit: int | None = flag(None, "use only the first bytes of the input, for a trial: 50MB")
     seed: int = flag(1, "seed of the shuffle, the validation split and the samples")
     workers: int = flag(0, "processes (default: one per CPU)")
-    work_dir: str = flag("", "folder for temporary files (default: inside a local output, else the cache)")
+    executor: Literal["local", "ray"] = flag(
+        "local", "where tasks run: processes here, or Ray (RAY_ADDRESS names a cluster)"
+    )
+    num_tasks: int | None = flag(None, "clean with this many separate commands, one per --task-index, in any order")
+    task_index: int | None = flag(None, "which of the --num-tasks this command is: 0 to N-1")
+    finish: bool = flag(False, "do the rest, when every --task-index is done")
+    work_dir: str = flag("", "folder for temporary files (default: inside a local output, else the cache); "
+                             "with --num-tasks or a Ray cluster one that all machines see")  # fmt: skip
     resume: bool = flag(False, "go on with an interrupted run; the same command is right the first time too")
 
 
-LOCK = ".lock"
-FREE = {"workers", "work_dir", "resume", "output", "input"}
+FREE = {"input", "output", "workers", "executor", "num_tasks", "task_index", "finish", "work_dir", "resume"}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run preparation. Raises one of USER_ERRORS for what a user can set right; then nothing new is left behind."""
+    with stoppable():
+        try:
+            return prepare(argv)
+        except Stopped as e:
+            print("stopped; the same command with --resume goes on", file=sys.stderr)
+            return e.code
+
+
+def prepare(argv: list[str] | None) -> int:
+    """Flags -> job -> work folder -> stages."""
     start_s = time.monotonic()
     settings, given = flags.parse(Settings, argv, prog="tokenize_bpe.py", description=__doc__.split("\n")[0])
     check(settings)
@@ -77,40 +98,45 @@ def main(argv: list[str] | None = None) -> int:
     trainer = "given" if settings.tokenizer else bpe.choose_trainer(settings.trainer)
     given_tokenizer = bpe.load(settings.tokenizer, read_text(settings.tokenizer)) if settings.tokenizer else None
     job = describe_job(settings, sources, trainer, given_tokenizer)
-    work = work_folder(output, settings.work_dir)
-    if already_complete(output, job, settings.resume):
+    versions = made_with(trainer)
+    work = work_folder.place(output, settings.work_dir)
+    resume = settings.resume or settings.finish or settings.task_index is not None
+    if work_folder.already_complete(output, job, resume=resume):
         shutil.rmtree(work, ignore_errors=True)  # a kill between the last write and this can have left it
         print(f"{fs.redact(output)} is complete already; nothing to do")
         return 0
-    created = open_work_folder(work, output, job, settings.resume)
+    tasks = corpus.plan(sources, settings.limit)
+    if settings.finish:
+        shares.require_all(tasks, work, settings.num_tasks)
+    created = work_folder.enter(
+        work, output, job, versions | {"Unicode": unicodedata.unidata_version}, resume=resume, share=settings.task_index
+    )
+    if settings.task_index is not None:
+        shares.agree(work, settings.num_tasks)
+        tasks = [t for t in tasks if t.index % settings.num_tasks == settings.task_index]
     try:
-        with Pool(settings.workers or usable_cpus()) as pool:
-            report = build(settings, sources, output, work, pool, job, trainer, given_tokenizer)
+        with make_executor(settings, sources, work, versions) as pool:
+            show_input(sources, tasks, pool)
+            cleaned = stages.clean_corpus(tasks, work, rule_set=settings.clean, pool=pool)
+            if settings.task_index is not None:
+                print(f"task       {settings.task_index} of {settings.num_tasks} is done; after the last one: --finish")
+                return 0
+            report = build(settings, cleaned, output, work, pool, job, trainer, given_tokenizer, versions)
     except USER_ERRORS as e:
-        # a fresh run that cannot succeed leaves nothing half-made; one whose storage failed can go on with --resume
-        if created and not isinstance(e, StoreError):
-            shutil.rmtree(work, ignore_errors=True)
-            remove_shards(output)
+        # a fresh run that cannot succeed leaves nothing half-made; one stopped from outside can go on with --resume
+        if created and settings.task_index is None and not isinstance(e, StoreError | Unfinished):
+            work_folder.remove(work, output)
         raise
-    except KeyboardInterrupt:
-        print("stopped; the same command with --resume goes on", file=sys.stderr)
-        return 130
     shutil.rmtree(work, ignore_errors=True)
     show_summary(output, report, time.monotonic() - start_s)
     return 0
 
 
 def build(
-    settings: Settings, sources: list[corpus.Source], output: str, work: Path, pool: Pool, job: dict[str, Any],
-    trainer: str, given_tokenizer: tuple[str, list[str]] | None,
+    settings: Settings, cleaned: stages.Cleaned, output: str, work: Path, pool: Executor, job: dict[str, Any],
+    trainer: str, given_tokenizer: tuple[str, list[str]] | None, versions: dict[str, str],
 ) -> dict[str, Any]:  # fmt: skip
-    """The visible sequence of stages. Returns the report."""
-    tasks = corpus.plan(sources, settings.limit)
-    kinds = Counter(s.kind for s in sources)
-    print(f"input      {len(sources)} file{'s' * (len(sources) != 1)}, {count(sum(t.size for t in tasks))}B "
-          f"({', '.join(f'{n} {k}' for k, n in kinds.items())}); {pool.workers} workers", flush=True)  # fmt: skip
-
-    cleaned = stages.clean_corpus(tasks, work, rule_set=settings.clean, pool=pool)
+    """The visible sequence of stages after cleaning. Returns the report."""
     if not cleaned.counts["kept"]:
         why = f"all {cleaned.counts['documents']} documents were dropped ({dropped(cleaned.counts)}); try --clean light"
         raise UserError(f"{', '.join(settings.input)}: {why if cleaned.counts['documents'] else 'the corpus is empty'}")
@@ -148,8 +174,7 @@ def build(
         counts=report["counts"],
         split_rule="a document validates when the seeded hash of its content is below val_fraction",
         job=job,
-        # no engine, no date, no machine: the same input and settings give the same bytes everywhere
-        versions={name: version(name) for name in ("tokenizers", "zstandard", *(["ffbpe"] * (trainer == "ffbpe")))},
+        versions=versions,
     )
     return report
 
@@ -199,6 +224,46 @@ def check(settings: Settings) -> None:
         value = getattr(settings, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: expected 1 or more")
+    shares.check(settings.num_tasks, settings.task_index, finish=settings.finish, executor=settings.executor)
+    if (
+        not fs.is_local(settings.output)
+        and not settings.work_dir
+        and (settings.task_index is not None or settings.finish)
+    ):
+        raise UserError(
+            "--work-dir is missing: with --output in a bucket, name a folder that the machines of all tasks share"
+        )
+    if settings.executor == "ray":
+        if find_spec("ray") is None:
+            raise UserError("--executor ray: it is not installed: pip install -r requirements-extra.txt")
+        if settings.workers and os.environ.get("RAY_ADDRESS"):
+            raise UserError(
+                f"--workers {settings.workers}: the cluster at RAY_ADDRESS has its own CPUs: leave one of the two out"
+            )
+
+
+def made_with(trainer: str) -> dict[str, str]:
+    """Versions of what makes the bytes: no engine, no date, no machine, so that they are the same everywhere."""
+    return {name: version(name) for name in ("tokenizers", "zstandard", *(["ffbpe"] * (trainer == "ffbpe")))}
+
+
+def make_executor(
+    settings: Settings, sources: list[corpus.Source], work: Path, versions: dict[str, str]
+) -> AbstractContextManager[Executor]:
+    """Where this run's tasks will run."""
+    workers = settings.workers or usable_cpus()
+    if settings.executor == "local":
+        return Pool(workers)
+    from prep.ray_pool import RayPool  # optional: most need one machine
+
+    return RayPool(workers, work, [fs.local_path(s.url) for s in sources if fs.is_local(s.url)], versions)
+
+
+def show_input(sources: list[corpus.Source], tasks: list[corpus.Task], pool: Executor) -> None:
+    """The first line: what will be read, by how many."""
+    kinds = Counter(s.kind for s in sources)
+    print(f"input      {len(sources)} file{'s' * (len(sources) != 1)}, {count(sum(t.size for t in tasks))}B "
+          f"({', '.join(f'{n} {k}' for k, n in kinds.items())}); {pool.workers} workers", flush=True)  # fmt: skip
 
 
 def default_output(first_input: str) -> str:
@@ -231,62 +296,6 @@ def describe_job(
     fixed["tokenizer"] = hashlib.sha256(given[0].encode()).hexdigest() if given else ""
     files = [[fs.redact(s.url).rsplit("/", 1)[-1], s.size, s.kind, s.head_xxh3, s.group] for s in sources]
     return {"settings": fixed, "sources": files}
-
-
-def work_folder(output: str, asked: str) -> Path:
-    """Where temporary files go: inside a local output, else in this machine's cache."""
-    if asked:
-        return Path(asked).expanduser() / "perennial-prep"
-    if fs.is_local(output):
-        return fs.local_path(output) / ".prep"
-    return default_cache() / "prep" / hashlib.sha256(output.encode()).hexdigest()[:16]
-
-
-def already_complete(output: str, job: dict[str, Any], resume: bool) -> bool:
-    """True when the output is the finished dataset of this very job. Raises UserError when it is anything else."""
-    if not fs.exists(fs.join(output, "metadata.json")):
-        return False
-    if not resume:
-        raise UserError(f"{fs.redact(output)}: exists already and is complete: give another --output, or delete it")
-    same_job(TokenShards(output).metadata.get("job", {}), job, output)
-    return True
-
-
-def same_job(old: dict[str, Any], new: dict[str, Any], where: str) -> None:
-    """Raises UserError naming the first setting or source that differs from the interrupted run's."""
-    old_settings = old.get("settings", {})
-    for name, value in new["settings"].items():
-        if old_settings.get(name) != value:
-            raise UserError(f"{fs.redact(where)}: was begun with --{name.replace('_', '-')} {old_settings.get(name)}, "
-                            f"now it is {value}: give the old value, or another --output")  # fmt: skip
-    if old.get("sources") != new["sources"]:
-        raise UserError(f"{fs.redact(where)}: was begun from other input files, or they have changed: "
-                        "give another --output, or delete it")  # fmt: skip
-
-
-def open_work_folder(work: Path, output: str, job: dict[str, Any], resume: bool) -> bool:
-    """Make or re-enter the work folder. Returns True when it is new."""
-    job_path = work / "job.json"
-    if job_path.exists():
-        lock.hold(work / LOCK)
-        if not resume:
-            raise UserError(f"{fs.redact(output)}: holds an unfinished run: add --resume to go on, or delete it")
-        same_job(json.loads(job_path.read_bytes()), job, output)
-        return False
-    others = [e.name for e in fs.list_folder(output) if e.name != ".prep"]
-    if others:
-        raise UserError(f"{fs.redact(output)}: exists and holds something else ({others[0]}): give another --output")
-    lock.hold(work / LOCK)
-    fs.put_bytes(str(job_path), json.dumps(job).encode())
-    return True
-
-
-def remove_shards(output: str) -> None:
-    """Undo a failed fresh run: the folder was empty or absent before it."""
-    if fs.is_local(output):
-        for path in fs.local_path(output).glob("*.bin*"):
-            path.unlink()
-    fs.delete_folder(output)
 
 
 # ---- after the stages -----------------------------------------------------------------------------------------------

@@ -289,6 +289,28 @@ def put_bytes(url: str, data: bytes) -> None:
     attempt(url, "write", work)
 
 
+def put_first(path: Path, data: bytes) -> None:
+    """Publish `data` under a local name unless that is taken: of many processes at once the first one wins."""
+
+    def work() -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+        try:
+            temporary.write_bytes(data)
+            try:
+                os.link(temporary, path)  # unlike a rename it fails where the name is taken
+            except FileExistsError:
+                return
+            except OSError as e:  # no hard links on exFAT and some mounts: nearly as good
+                if e.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP) or path.exists():
+                    raise
+                os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    attempt(str(path), "write", work)
+
+
 def put_file(url: str, source: Path) -> None:
     """Publish a finished local file whole under the name. Raises StoreError; then the old bytes stay."""
 

@@ -10,16 +10,19 @@ from store.retry import attempt
 _held: list[BinaryIO] = []
 
 
-def hold(path: Path) -> None:
-    """Take a local lock file for the rest of this process's life. Raises StoreError when another process has it."""
+def hold(path: Path, *, shared: bool = False) -> None:
+    """Take a local lock file for the rest of this process's life. Raises StoreError when another process has it.
+
+    Any number of processes can hold one `shared`; then none can hold it alone.
+    """
 
     def work() -> BinaryIO:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return open(path, "ab")
+        return open(path, "ab+")  # NFS gives a shared lock only to who may read
 
     lock = attempt(str(path), "write", work)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError as e:
         lock.close()
         raise StoreError(f"{path.parent}: another process is writing there: wait for it or stop it") from e

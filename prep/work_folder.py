@@ -1,0 +1,80 @@
+"""The folder of temporary files: where it is, which job it belongs to, and who may write there."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from cli.errors import UserError
+from store import fs, lock
+from store.shards import TokenShards, default_cache
+
+JOB, LOCK = "job.json", ".lock"
+
+
+def place(output: str, asked: str) -> Path:
+    """Where temporary files go: inside a local output, else in this machine's cache."""
+    if asked:
+        return Path(asked).expanduser().absolute() / "perennial-prep"
+    if fs.is_local(output):
+        return fs.local_path(output).absolute() / ".prep"
+    return default_cache() / "prep" / hashlib.sha256(output.encode()).hexdigest()[:16]
+
+
+def already_complete(output: str, job: dict[str, Any], *, resume: bool) -> bool:
+    """True when the output is the finished dataset of this very job. Raises UserError when it is anything else."""
+    if not fs.exists(fs.join(output, "metadata.json")):
+        return False
+    if not resume:
+        raise UserError(f"{fs.redact(output)}: exists already and is complete: give another --output, or delete it")
+    same_job(TokenShards(output).metadata.get("job", {}), job, output)
+    return True
+
+
+def same_job(old: dict[str, Any], new: dict[str, Any], where: str) -> None:
+    """Raises UserError naming the first setting or source that differs from the interrupted run's."""
+    old_settings = old.get("settings", {})
+    for name, value in new["settings"].items():
+        if old_settings.get(name) != value:
+            raise UserError(f"{fs.redact(where)}: was begun with --{name.replace('_', '-')} {old_settings.get(name)}, "
+                            f"now it is {value}: give the old value, or another --output")  # fmt: skip
+    if old.get("sources") != new["sources"]:
+        raise UserError(f"{fs.redact(where)}: was begun from other input files, or they have changed: "
+                        "give another --output, or delete it")  # fmt: skip
+
+
+def enter(
+    work: Path, output: str, job: dict[str, Any], versions: dict[str, str], *, resume: bool, share: int | None
+) -> bool:
+    """Make or re-enter the folder and lock it for the life of this process; True when it is new.
+
+    A `share` of the work may be done beside other shares, anything else alone. Raises UserError when the folder belongs
+    to another job or was begun with other versions: half of the bytes would be the one's, half the other's.
+    """
+    created = not (work / JOB).exists()
+    others = [e.name for e in fs.list_folder(output) if e.name != ".prep"] if created else []
+    if others:
+        raise UserError(f"{fs.redact(output)}: exists and holds something else ({others[0]}): give another --output")
+    lock.hold(work / LOCK, shared=share is not None)
+    if share is not None:
+        lock.hold(work / f"{LOCK}-{share}")
+    if not (created or resume):
+        raise UserError(f"{fs.redact(output)}: holds an unfinished run: add --resume to go on, or delete it")
+    fs.put_first(work / JOB, json.dumps(job | {"versions": versions}).encode())
+    begun = json.loads((work / JOB).read_bytes())
+    same_job(begun, job, output)
+    for name, now in versions.items():
+        if (before := begun["versions"].get(name)) != now:
+            raise UserError(f"{fs.redact(output)}: was begun with {name} {before}, now it is {now}: "
+                            f"install that version again, or delete {work} and begin anew")  # fmt: skip
+    return created
+
+
+def remove(work: Path, output: str) -> None:
+    """Undo a failed fresh run: the output was empty or absent before it."""
+    shutil.rmtree(work, ignore_errors=True)
+    if fs.is_local(output):
+        for path in fs.local_path(output).glob("*.bin*"):
+            path.unlink()
+    fs.delete_folder(output)
