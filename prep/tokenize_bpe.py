@@ -58,7 +58,7 @@ class Settings:
     trainer: Literal["auto", "ffbpe", "tokenizers"] = flag("auto", "tokenizer trainer; auto: ffbpe where installed")
     clean: Literal["off", "light", "standard", "strict"] = flag("standard", "cleaning rules (prep/clean.py lists them)")
     dedup: Literal["exact", "off"] = flag("exact", "drop documents that are equal to an earlier one")
-    shard_tokens: int = flag(100_000_000, "tokens per shard")
+    shard_tokens: int = flag(32_000_000, "tokens per shard: a trainer starts when its first has arrived")
     limit: int | None = flag(None, "use only the first bytes of the input, for a trial: 50MB")
     seed: int = flag(1, "seed of the shuffle, the validation split and the samples")
     workers: int = flag(0, "processes (default: one per CPU)")
