@@ -5,11 +5,34 @@ import numpy as np
 from store.hashing import mix
 
 
-def first_occurrences(doc_hash: np.ndarray) -> np.ndarray:
-    """(documents,) bool: true for the earliest document of each hash; the rest are exact duplicates."""
-    keep = np.zeros(len(doc_hash), bool)
-    keep[np.unique(doc_hash, return_index=True)[1]] = True
-    return keep
+def group_equal(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(order, first): the places sorted by value, then place; for each of those, the first place of an equal value."""
+    order = np.argsort(values, kind="stable")
+    new = np.ones(len(values), bool)
+    new[1:] = values[order[1:]] != values[order[:-1]]
+    return order, order[np.maximum.accumulate(np.where(new, np.arange(len(values)), 0))]
+
+
+def earliest_equal(doc_hash: np.ndarray) -> np.ndarray:
+    """(documents,) int64: the place of the earliest document of the same hash, its own where it is the earliest.
+
+    Two of 5 million different documents (12 GB) have one 64-bit hash with a probability of 7e-7.
+    """
+    earliest = np.arange(len(doc_hash))
+    share = (doc_hash >> np.uint64(60)).astype(np.uint8)
+    for value in range(16):  # one share at a time: sorting takes 40 bytes a document
+        mine = np.flatnonzero(share == value)
+        order, first = group_equal(doc_hash[mine])
+        earliest[mine[order]] = mine[first]
+    return earliest
+
+
+def largest_groups(earliest: np.ndarray, n: int) -> list[tuple[int, int]]:
+    """(place of the earliest document, documents) of the n largest groups of two or more; those of one size in order."""
+    sizes = np.bincount(earliest)
+    places = np.flatnonzero(sizes > 1)
+    largest = places[np.argsort(-sizes[places], kind="stable")[:n]]
+    return list(zip(largest.tolist(), sizes[largest].tolist(), strict=True))
 
 
 def below(doc_hash: np.ndarray, fraction: float, seed: int) -> np.ndarray:

@@ -63,6 +63,19 @@ class Documents:
         text = self.text[np.repeat(turns, self.turn_bytes)]
         return Documents(text, self.turn_bytes[turns], self.turn_role[turns], self.doc_turns[keep], self.doc_hash[keep])
 
+    def blocks(self, n_bytes: int) -> Iterator["Documents"]:
+        """The documents in order, about `n_bytes` of text at a time, at least one document; views, not copies."""
+        turn_at = np.append(0, np.cumsum(self.doc_turns, dtype=np.int64))
+        text_at = np.append(0, np.cumsum(self.turn_bytes, dtype=np.int64))
+        doc_at = text_at[turn_at]
+        first = 0
+        while first < len(self.doc_turns):
+            last = max(int(np.searchsorted(doc_at, doc_at[first] + n_bytes, "right")) - 1, first + 1)
+            turns, docs = slice(turn_at[first], turn_at[last]), slice(first, last)
+            yield Documents(self.text[doc_at[first] : doc_at[last]], self.turn_bytes[turns], self.turn_role[turns],
+                            self.doc_turns[docs], self.doc_hash[docs])  # fmt: skip
+            first = last
+
     def turns(self) -> list[str]:
         """The text of every turn."""
         blob, ends = self.text.tobytes(), np.cumsum(self.turn_bytes, dtype=np.int64).tolist()
@@ -86,7 +99,7 @@ def save_documents(path: Path, documents: Documents) -> list[Path]:
     turn_ends = np.cumsum(documents.doc_turns, dtype=np.int64)
     text_ends = np.append(0, np.cumsum(documents.turn_bytes, dtype=np.int64))[turn_ends]
     index = np.stack([documents.doc_hash, np.diff(text_ends, prepend=0).astype(np.uint64)])
-    return [path, _save_array(path.with_suffix(".index.npy"), index)]
+    return [path, save_array(path.with_suffix(".index.npy"), index)]
 
 
 def load_index(path: Path) -> np.ndarray:
@@ -104,10 +117,11 @@ def load_documents(path: Path) -> Documents:
 
 def save_encoded(path: Path, part: Encoded) -> list[Path]:
     """Publish an encoded part, uncompressed: every shard reads its own slice of it. Returns the files."""
-    return [_save_array(path.with_suffix(f".{name}.npy"), array) for name, array in vars(part).items()]
+    return [save_array(path.with_suffix(f".{name}.npy"), array) for name, array in vars(part).items()]
 
 
-def _save_array(path: Path, array: np.ndarray) -> Path:
+def save_array(path: Path, array: np.ndarray) -> Path:
+    """Publish one array as a .npy file."""
     with _working_file(path) as temporary, open(temporary, "wb") as f:
         np.save(f, array, allow_pickle=False)
     return path
@@ -132,15 +146,20 @@ def load_places(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_ids(path: Path, start: int, ids: np.ndarray) -> None:
-    """Fill `ids` with the encoded part's ids from the `start`-th on.
+    """Fill `ids` with the encoded part's ids from the `start`-th on."""
+    read_slice(path.with_suffix(".ids.npy"), start, ids)
+
+
+def read_slice(path: Path, start: int, out: np.ndarray) -> None:
+    """Fill `out` with what a saved array of its type holds from the `start`-th value on.
 
     Read, not mapped: the mapped pages of a thousand parts would count as this process's memory.
     """
-    with open(path.with_suffix(".ids.npy"), "rb") as f:
+    with open(path, "rb") as f:
         np.lib.format.read_magic(f)
         np.lib.format.read_array_header_1_0(f)
-        f.seek(start * ids.itemsize, 1)
-        if f.readinto(memoryview(ids).cast("B")) != ids.nbytes:
+        f.seek(start * out.itemsize, 1)
+        if f.readinto(memoryview(out).cast("B")) != out.nbytes:
             raise DataError(f"{path}: damaged working file: delete {path.parent} and run prep again")
 
 

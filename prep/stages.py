@@ -8,19 +8,21 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
 from cli.progress import Meter
 from gpt.tokenizer import Tokenizer
 from prep import clean as cleaning
-from prep import corpus, dedup, encode, merge, parts
+from prep import corpus, dedup, encode, exchanges, merge, neardup, parts
 from prep.pool import Executor, in_threads
 from store import fs
 from store.shards import Shard
 
 EXAMPLES_PER_REASON = 3
 UPLOADS = 4  # shards on their way to the output at once, beside the work: as many wait on this disk at most
+LARGEST_CLUSTERS, CLUSTER_EXCERPT = 20, 200  # in the report; characters
 
 
 @dataclass(frozen=True)
@@ -107,35 +109,90 @@ def _clean_document(record: corpus.Document, rules: tuple[str, ...]) -> corpus.D
 
 @dataclass(frozen=True)
 class Selection:
-    """Which documents of each part are kept, and which of those teach the tokenizer: lists of (documents,) bool."""
+    """What is kept of each part, in the order of the parts, and what was found on the way."""
 
-    keep: list[np.ndarray]
-    sample: list[np.ndarray]
+    keep: list[np.ndarray]  # (documents,) bool
+    sample: list[np.ndarray]  # (documents,) bool: those kept that teach the tokenizer
+    repeated: list[np.ndarray] | None  # (exchanges,) bool: those that documents lose
     val_limit: int
-    duplicates: int
     sample_bytes: int
+    counts: Counter  # of what was found, and what is left: `encoded` documents with `encoded_bytes` of text
+    clusters: list[dict[str, Any]]  # the largest: size, kind, document (its number among the cleaned), text
 
 
-def select(cleaned: Cleaned, *, deduplicate: bool, val_fraction: float, sample_bytes: int, seed: int) -> Selection:
-    """Decide duplicates, validation and the tokenizer's sample from the parts' indexes."""
-    indexes = [parts.load_index(p) for p in cleaned.parts]
-    doc_hash, doc_bytes = np.concatenate(indexes, axis=1)
-    keep = dedup.first_occurrences(doc_hash) if deduplicate else np.ones(len(doc_hash), bool)
+def select(
+    cleaned: Cleaned, work: Path, *,
+    deduplicate: Literal["exact", "turns", "off"], near_dup: float | None,
+    val_fraction: float, sample_bytes: int, seed: int, pool: Executor,
+) -> Selection:  # fmt: skip
+    """Decide duplicates, validation and the tokenizer's sample from the parts' indexes: about 60 bytes a document."""
+    doc_hash = np.concatenate([parts.load_index(p)[0] for p in cleaned.parts])
+    n_bytes = [parts.load_index(p)[1].astype(np.uint32) for p in cleaned.parts]
+    cuts, doc_bytes = np.cumsum([len(n) for n in n_bytes])[:-1], np.concatenate(n_bytes)
+    earliest = dedup.earliest_equal(doc_hash) if deduplicate != "off" else np.arange(len(doc_hash))
+    keep, counts, clusters = unite_near(cleaned, cuts, earliest, near_dup, work, pool)
+
+    repeated = None
+    if deduplicate == "turns":
+        repeated = exchanges.find_repeated(cleaned.parts, np.split(keep, cuts), pool)
+        losses = [exchanges.losses(p, again) for p, again in zip(cleaned.parts, repeated, strict=True)]
+        emptied, lost_bytes = map(np.concatenate, zip(*losses, strict=True))
+        counts["duplicate_exchanges"] = int(sum(again.sum() for again in repeated))
+        counts["dropped_only_duplicate_exchanges"] = int(emptied.sum())
+        keep &= ~emptied
+        doc_bytes -= lost_bytes
+
+    counts.update(encoded=int(keep.sum()), encoded_bytes=int(doc_bytes[keep].sum()))
     key = dedup.shuffle_key(doc_hash, seed)
     val_limit = dedup.validation_limit(key[keep], val_fraction, seed)
     usable = keep & ~dedup.validates(key, val_limit, seed)
     share = sample_bytes / max(int(doc_bytes[usable].sum()), 1)
     sample = usable & dedup.below(doc_hash, share, seed + 3)
-    cuts = np.cumsum([i.shape[1] for i in indexes])[:-1]
-    return Selection(np.split(keep, cuts), np.split(sample, cuts), val_limit, int((~keep).sum()),
-                     int(doc_bytes[sample].sum()))  # fmt: skip
+    return Selection(np.split(keep, cuts), np.split(sample, cuts), repeated, val_limit, int(doc_bytes[sample].sum()),
+                     counts, clusters)  # fmt: skip
+
+
+def unite_near(
+    cleaned: Cleaned, cuts: np.ndarray, earliest: np.ndarray, near_dup: float | None, work: Path, pool: Executor
+) -> tuple[np.ndarray, Counter, list[dict[str, Any]]]:
+    """((documents,) bool: kept; counts; largest clusters), from the place of each document's earliest equal."""
+    own = np.arange(len(earliest))
+    alike, keep = own, earliest == own
+    counts = Counter(duplicates=int((~keep).sum()))
+    if near_dup is not None:
+        alike = neardup.find(cleaned.parts, np.split(keep, cuts), near_dup, work, pool)
+        counts["near_duplicates"] = int((alike != own).sum())
+        keep &= alike == own
+    return keep, counts, describe_clusters(cleaned, cuts, alike[earliest], alike)
+
+
+def describe_clusters(
+    cleaned: Cleaned, cuts: np.ndarray, earliest: np.ndarray, alike: np.ndarray
+) -> list[dict[str, Any]]:
+    """The largest clusters, from the place of each document's earliest equal and earliest near one."""
+    has_near = np.bincount(alike) > 1
+    clusters = []
+    for place, size in dedup.largest_groups(earliest, LARGEST_CLUSTERS):
+        part = int(np.searchsorted(cuts, place, "right"))
+        documents = parts.load_documents(cleaned.parts[part])
+        mine = np.arange(len(documents.doc_hash)) == place - (cuts[part - 1] if part else 0)
+        text = "\n".join(documents.select(mine).turns())[:CLUSTER_EXCERPT]
+        clusters.append({"size": size, "kind": "near" if has_near[place] else "exact", "document": place, "text": text})
+    return clusters
+
+
+def kept_documents(path: Path, chosen: np.ndarray, repeated: np.ndarray | None) -> parts.Documents:
+    """The chosen documents of a cleaned part without the exchanges they lose."""
+    documents = parts.load_documents(path)
+    return (documents if repeated is None else exchanges.without(documents, repeated)).select(chosen)
 
 
 def sample_batches(cleaned: Cleaned, selection: Selection, meter: Meter) -> Iterator[list[str]]:
     """The sampled turns, some megabytes at a time, in the order of the corpus."""
-    for path, chosen in zip(cleaned.parts, selection.sample, strict=True):
+    repeated = selection.repeated or [None] * len(cleaned.parts)
+    for path, chosen, again in zip(cleaned.parts, selection.sample, repeated, strict=True):
         if chosen.any():
-            documents = parts.load_documents(path).select(chosen)
+            documents = kept_documents(path, chosen, again)
             yield documents.turns()
             meter.add(len(documents.text))
 
@@ -162,11 +219,12 @@ def encode_parts(
 ) -> list[Path]:
     """Cleaned parts -> encoded parts, duplicates left out, validation documents first."""
     tokenizer_path = work / "tokenizer.json"
+    repeated = selection.repeated or [None] * len(cleaned.parts)
     done = []
-    with Meter("encode", cleaned.counts["kept_bytes"], "B") as meter:
+    with Meter("encode", selection.counts["encoded_bytes"], "B") as meter:
         jobs = (
-            (path, keep, tokenizer_path, engine, str(dtype), selection.val_limit, seed)
-            for path, keep in zip(cleaned.parts, selection.keep, strict=True)
+            (path, keep, again, tokenizer_path, engine, str(dtype), selection.val_limit, seed)
+            for path, keep, again in zip(cleaned.parts, selection.keep, repeated, strict=True)
         )
         for path, marker in zip(cleaned.parts, pool.run(encode_task, jobs), strict=True):
             done.append(work / path.name.replace("clean-", "ids-").replace(".zst", ""))
@@ -175,20 +233,18 @@ def encode_parts(
 
 
 def encode_task(
-    path: Path, keep: np.ndarray, tokenizer: Path, engine: str, dtype: str, val_limit: int, seed: int
-) -> dict:
+    path: Path, keep: np.ndarray, repeated: np.ndarray | None, tokenizer: Path, engine: str, dtype: str,
+    val_limit: int, seed: int,
+) -> dict:  # fmt: skip
     """One cleaned part -> one encoded part and its marker."""
     out = path.with_name(path.name.replace("clean-", "ids-").replace(".zst", ""))
     marker_path = out.with_suffix(".json")
     if marker := parts.load_marker(marker_path):
         return marker
-    documents = parts.load_documents(path)
-    n_bytes = len(documents.text)
+    documents = kept_documents(path, keep, repeated)
     encoder = _encoder(str(tokenizer), engine)
-    encoded = encode.encode_documents(
-        documents.select(keep), encoder, val_limit=val_limit, seed=seed, dtype=np.dtype(dtype)
-    )
-    return parts.save_marker(marker_path, {"bytes": n_bytes}, parts.save_encoded(out, encoded))
+    encoded = encode.encode_documents(documents, encoder, val_limit=val_limit, seed=seed, dtype=np.dtype(dtype))
+    return parts.save_marker(marker_path, {"bytes": len(documents.text)}, parts.save_encoded(out, encoded))
 
 
 @functools.lru_cache(maxsize=1)

@@ -57,7 +57,10 @@ class Settings:
     split_pattern: Literal[tuple(SPLIT_PATTERNS)] = flag("o200k", "how text is cut into words before BPE")
     trainer: Literal["auto", "ffbpe", "tokenizers"] = flag("auto", "tokenizer trainer; auto: ffbpe where installed")
     clean: Literal["off", "light", "standard", "strict"] = flag("standard", "cleaning rules (prep/clean.py lists them)")
-    dedup: Literal["exact", "off"] = flag("exact", "drop documents that are equal to an earlier one")
+    dedup: Literal["exact", "turns", "off"] = flag("exact", "drop documents equal to an earlier one; turns: questions "
+                                                   "with their answers too, within other conversations")  # fmt: skip
+    near_dup: float | None = flag(None, "also drop documents this alike to an earlier one, as 0.8: the share of word "
+                                        "triples in common, case and punctuation aside")  # fmt: skip
     shard_tokens: int = flag(32_000_000, "tokens per shard: a trainer starts when its first has arrived")
     limit: int | None = flag(None, "use only the first bytes of the input, for a trial: 50MB")
     seed: int = flag(1, "seed of the shuffle, the validation split and the samples")
@@ -142,10 +145,13 @@ def build(
         raise UserError(f"{', '.join(settings.input)}: {why if cleaned.counts['documents'] else 'the corpus is empty'}")
     selection = stages.select(
         cleaned,
-        deduplicate=settings.dedup == "exact",
+        work,
+        deduplicate=settings.dedup,
+        near_dup=settings.near_dup,
         val_fraction=settings.val_fraction,
         sample_bytes=settings.tokenizer_sample,
         seed=settings.seed,
+        pool=pool,
     )
 
     tokenizer = Tokenizer(make_tokenizer(settings, cleaned, selection, work, trainer, given_tokenizer))
@@ -218,6 +224,8 @@ def check(settings: Settings) -> None:
         )
     if not 0 <= settings.val_fraction <= 0.5:
         raise UserError(f"--val-fraction {settings.val_fraction}: expected 0 to 0.5")
+    if settings.near_dup is not None and not 0.5 <= settings.near_dup <= 1:
+        raise UserError(f"--near-dup {settings.near_dup}: expected 0.5 (half in common) to 1 (all of it)")
     if not 1 <= settings.level <= 19:
         raise UserError(f"--level {settings.level}: expected 1 to 19")
     for name in ("min_frequency", "shard_tokens", "tokenizer_sample", "limit"):
@@ -303,7 +311,9 @@ def describe_job(
 
 def dropped(counts: Counter) -> str:
     """ "12 empty, 3 few_letters"."""
-    return ", ".join(f"{n} {k.removeprefix('dropped_')}" for k, n in sorted(counts.items()) if k.startswith("dropped_"))
+    return ", ".join(
+        f"{n} {k.removeprefix('dropped_')}" for k, n in sorted(counts.items()) if n and k.startswith("dropped_")
+    )
 
 
 def make_report(cleaned: stages.Cleaned, selection: stages.Selection, shards: list[Any]) -> dict[str, Any]:
@@ -318,7 +328,8 @@ def make_report(cleaned: stages.Cleaned, selection: stages.Selection, shards: li
         for split in ("train", "val")
     }
     return {
-        "counts": dict(sorted(counts.items())) | {"duplicates": selection.duplicates},
+        "counts": dict(sorted({**counts, **selection.counts}.items())),
+        "clusters": selection.clusters,
         "examples_dropped": cleaned.examples,
         "tokenizer_sample_bytes": selection.sample_bytes,
         "totals": totals,
@@ -329,14 +340,14 @@ def show_summary(output: str, report: dict[str, Any], elapsed_s: float) -> None:
     """The closing lines: what was made and what to do next."""
     counts, train, val = Counter(report["counts"]), report["totals"]["train"], report["totals"]["val"]
     tokens, stored = train["tokens"] + val["tokens"], train["stored_bytes"] + val["stored_bytes"]
-    rest = dropped(counts)
-    print(f"documents  {counts['kept'] - counts['duplicates']} kept of {counts['documents']}; "
-          f"{counts['duplicates']} duplicates" + (f", {rest}" if rest else ""))  # fmt: skip
+    found = [f"{counts[k]} {k.replace('_', ' ')}" for k in ("near_duplicates", "duplicate_exchanges") if k in counts]
+    print(f"documents  {counts['encoded']} kept of {counts['documents']}; "
+          + ", ".join(filter(None, [f"{counts['duplicates']} duplicates", *found, dropped(counts)])))  # fmt: skip
     if counts["invalid_utf8"]:
         print(f"warning: {counts['invalid_utf8']} invalid UTF-8 sequences were replaced by U+FFFD", file=sys.stderr)
     print(f"tokens     {train['tokens']:,} train, {val['tokens']:,} val in {count(stored)}B "
           f"({stored / max(tokens, 1):.2f} bytes each); "
-          f"{counts['kept_bytes'] / max(tokens, 1):.2f} bytes of text per token")  # fmt: skip
+          f"{counts['encoded_bytes'] / max(tokens, 1):.2f} bytes of text per token")  # fmt: skip
     unit = 1 if platform.system() == "Darwin" else 1024  # ru_maxrss: bytes there, KiB here
     peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) * unit
     print(f"done       in {duration(elapsed_s)}, {count(counts['bytes'] / elapsed_s)}B/s; "

@@ -14,15 +14,16 @@ def hashes(n, seed=0):
     return np.random.Generator(np.random.PCG64(seed)).integers(0, 2**64, n, dtype=np.uint64)
 
 
-def test_first_occurrence_is_the_earliest():
-    assert dedup.first_occurrences(np.array([5, 3, 5, 9, 3, 3], np.uint64)).tolist() == [
-        True,
-        True,
-        False,
-        True,
-        False,
-        False,
-    ]
+@given(st.lists(st.integers(0, 5)), st.sampled_from([1, 2**60, 2**64 - 1]))
+def test_each_document_knows_its_earliest_equal(values, factor):
+    doc_hash = np.array([v * factor % 2**64 for v in values], np.uint64)
+    assert dedup.earliest_equal(doc_hash).tolist() == [values.index(v) for v in values]
+
+
+def test_largest_groups_come_first_and_those_of_one_size_in_order():
+    earliest = dedup.earliest_equal(np.array([9, 5, 3, 5, 9, 3, 3, 7], np.uint64))
+    assert dedup.largest_groups(earliest, 20) == [(2, 3), (0, 2), (1, 2)]
+    assert dedup.largest_groups(earliest, 2) == [(2, 3), (0, 2)]
 
 
 def test_mix_is_one_to_one_and_fixed():

@@ -1,0 +1,157 @@
+"""Near-duplicates of a whole corpus: bands of MinHash give candidate pairs, their Jaccard index decides, components unite.
+
+Memory holds some tens of bytes a document. Bands and shingles lie in files made by pure tasks, one for each part, and
+are looked at one band, then one block of pairs at a time.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from cli.progress import Meter
+from prep import minhash, parts
+from prep.dedup import group_equal
+from prep.pool import Executor
+
+BLOCK_SHINGLES = 4_000_000  # of candidate pairs, compared at once: about 200 MB
+
+
+def find(cleaned: list[Path], keep: list[np.ndarray], threshold: float, work: Path, pool: Executor) -> np.ndarray:
+    """(documents,) int64: the place of the earliest document of each one's component, of pairs `threshold` alike or more.
+
+    Only documents where `keep`, (documents,) bool of each part, is true take part; the others stand for themselves.
+    """
+    decided, marker = work / "near-duplicates.npy", work / "near-duplicates.json"
+    if not parts.load_marker(marker):
+        places = np.flatnonzero(np.concatenate(keep))
+        root = _components(cleaned, keep, threshold, pool)
+        earliest = np.arange(sum(map(len, keep)))
+        earliest[places] = places[root]
+        parts.save_marker(marker, {}, [parts.save_array(decided, earliest)])
+    for pattern in ("bands-*", "shingles-*"):  # the encoded parts need the room
+        for path in work.glob(pattern):
+            path.unlink()
+    return np.load(decided, allow_pickle=False)
+
+
+def _components(cleaned: list[Path], keep: list[np.ndarray], threshold: float, pool: Executor) -> np.ndarray:
+    """(kept documents,) int64: the first document of each one's component."""
+    n = sum(int(k.sum()) for k in keep)
+    with Meter("near-dup", n, " documents signed") as meter:
+        jobs = ((path, kept, threshold) for path, kept in zip(cleaned, keep, strict=True))
+        for marker in pool.run(bands_task, jobs):
+            meter.add(marker["documents"])
+    bands = range(minhash.band_shape(threshold)[0])
+    candidate = np.zeros(n, bool)
+    for band in bands:
+        for place in equal_pairs(_band(cleaned, band)):
+            candidate[place] = True
+    sets = _collect_sets(cleaned, keep, candidate, pool)
+    root = np.arange(n)
+    with Meter("near-dup", len(bands), " bands compared") as meter:
+        for band in bands:
+            a, b = equal_pairs(_band(cleaned, band))
+            apart = root[a] != root[b]
+            alike = sets.jaccard(a[apart], b[apart]) >= threshold
+            join(root, a[apart][alike], b[apart][alike])
+            meter.add(1)
+    return root
+
+
+def bands_task(path: Path, keep: np.ndarray, threshold: float) -> dict:
+    """One cleaned part -> the band keys of its kept documents."""
+    out = path.with_name(path.name.replace("clean-", "bands-")).with_suffix(".npy")
+    if marker := parts.load_marker(out.with_suffix(".json")):
+        return marker
+    keys = minhash.band_keys(parts.load_documents(path).select(keep), threshold)
+    return parts.save_marker(out.with_suffix(".json"), {"documents": keys.shape[1]}, [parts.save_array(out, keys)])
+
+
+def _band(cleaned: list[Path], band: int) -> np.ndarray:
+    """(kept documents,) uint32: one band's keys."""
+    paths = (p.with_name(p.name.replace("clean-", "bands-")).with_suffix(".npy") for p in cleaned)
+    return np.concatenate([np.load(p, mmap_mode="r", allow_pickle=False)[band] for p in paths])
+
+
+def equal_pairs(key: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Places (earlier, later) with an equal key: each such place with the first one, and with the one before it."""
+    order, first = group_equal(key)
+    later = np.flatnonzero(order != first)
+    far = later[first[later] != order[later - 1]]
+    return np.concatenate([order[later - 1], first[far]]), np.concatenate([order[later], order[far]])
+
+
+# ---- candidates -----------------------------------------------------------------------------------------------------
+
+
+class Sets:
+    """The shingles of candidate documents, in files that tasks have made."""
+
+    def __init__(self, paths: list[Path], counts: list[np.ndarray], candidate: np.ndarray) -> None:
+        self.paths = paths
+        self.number = np.cumsum(candidate) - 1  # of a candidate, from its place
+        self.part = np.repeat(np.arange(len(paths)), [len(c) for c in counts])
+        self.start = np.concatenate([np.cumsum(c) - c for c in counts])  # in the part's file
+        self.count = np.concatenate(counts)
+
+    def _read(self, number: int) -> np.ndarray:
+        out = np.empty(self.count[number], np.uint32)
+        parts.read_slice(self.paths[self.part[number]], int(self.start[number]), out)
+        return out
+
+    def jaccard(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """(pairs,) float: how alike the documents at the places a[i] and b[i] are."""
+        if not len(a):
+            return np.zeros(0)
+        a, b = self.number[a], self.number[b]
+        block = np.cumsum(self.count[a] + self.count[b]) // BLOCK_SHINGLES
+        found = []
+        for mine in np.split(np.arange(len(a)), np.flatnonzero(np.diff(block)) + 1):
+            numbers, at = np.unique(np.concatenate([a[mine], b[mine]]), return_inverse=True)
+            found.append(minhash.jaccard([self._read(i) for i in numbers.tolist()], *np.split(at, 2)))
+        return np.concatenate(found)
+
+
+def _collect_sets(cleaned: list[Path], keep: list[np.ndarray], candidate: np.ndarray, pool: Executor) -> Sets:
+    """Have the shingles of the candidates, (kept documents,) bool, written to files."""
+    cuts = np.cumsum([int(k.sum()) for k in keep])[:-1]
+    wanted = []
+    for kept, mine in zip(keep, np.split(candidate, cuts), strict=True):
+        wanted.append(np.zeros(len(kept), bool))
+        wanted[-1][np.flatnonzero(kept)[mine]] = True
+    with Meter("near-dup", int(candidate.sum()), " candidates read") as meter:
+        counts = []
+        for marker in pool.run(shingles_task, zip(cleaned, wanted, strict=True)):
+            counts.append(np.array(marker["counts"], np.int64))
+            meter.add(len(counts[-1]))
+    return Sets([_shingles_path(p) for p in cleaned], counts, candidate)
+
+
+def _shingles_path(path: Path) -> Path:
+    return path.with_name(path.name.replace("clean-", "shingles-")).with_suffix(".npy")
+
+
+def shingles_task(path: Path, wanted: np.ndarray) -> dict:
+    """One cleaned part -> the different shingles of its candidate documents, and how many each has."""
+    out = _shingles_path(path)
+    if marker := parts.load_marker(out.with_suffix(".json")):
+        return marker
+    if not wanted.any():
+        return {"counts": []}
+    hashes, counts = minhash.shingle_sets(parts.load_documents(path).select(wanted))
+    return parts.save_marker(out.with_suffix(".json"), {"counts": counts.tolist()}, [parts.save_array(out, hashes)])
+
+
+# ---- components -----------------------------------------------------------------------------------------------------
+
+
+def join(root: np.ndarray, a: np.ndarray, b: np.ndarray) -> None:
+    """Unite the components of a[i] and b[i] in `root`, (documents,) int: the earliest document of each one's component."""
+    while True:
+        low, high = np.minimum(root[a], root[b]), np.maximum(root[a], root[b])
+        apart = low < high
+        if not apart.any():
+            return
+        np.minimum.at(root, high[apart], low[apart])
+        while not np.array_equal(above := root[root], root):
+            root[:] = above
