@@ -23,8 +23,7 @@ import numpy as np
 from cli import flags
 from cli.errors import UserError
 from cli.flags import flag
-from prep import corpus, dedup, neardup, parts, stages
-from prep.clean import RULES
+from prep import clean, corpus, dedup, neardup, parts
 from prep.pool import Pool
 
 RECALL, PRECISION = 0.95, 0.98  # of near-duplicates; exact ones are all found, none falsely
@@ -80,7 +79,8 @@ def find_duplicates(args: CheckFlags, n: int) -> tuple[dict[int, str], dict[int,
     records = list(corpus.documents(text, "chat"))
     if len(records) != n:
         raise UserError(f"{args.truth}: has {n} lines for {len(records)} conversations: it belongs to another corpus")
-    cleaned = {i: stages._clean_document(record, RULES[args.clean]) for i, record in enumerate(records)}
+    cleaner = clean.Cleaner(clean.Settings(clean.choose_rules(args.clean)))
+    cleaned = {i: cleaner.clean(record)[0] for i, record in enumerate(records)}
     kept = {i: document for i, document in cleaned.items() if isinstance(document, list)}
     documents, numbers = parts.Documents.build(list(kept.values())), list(kept)
     earliest = dedup.earliest_equal(documents.doc_hash)
