@@ -5,6 +5,8 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextvars import ContextVar
 from types import TracebackType
 
 import psutil
@@ -49,6 +51,19 @@ def memory_in_use() -> int:
     return total
 
 
+_finished: ContextVar[list["Meter"] | None] = ContextVar("finished", default=None)
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list["Meter"]]:
+    """`with recorded() as meters:` collects the Meters that finish well inside the block."""
+    token = _finished.set([])
+    try:
+        yield _finished.get()
+    finally:
+        _finished.reset(token)
+
+
 class Meter:
     """`with Meter("clean", total, "B") as m: m.add(n)`: rate, ETA and memory while it runs, one closing line at the end.
 
@@ -86,8 +101,10 @@ class Meter:
         if self.live:
             self.live.stop()
         if kind is None:
+            if (finished := _finished.get()) is not None:
+                finished.append(self)
             print(
-                f"{self.what:<10} {count(self.done)}{self.unit} in {duration(self.elapsed_s)} ({self._rate()})",
+                f"{self.what:<10} {self.amount()} in {duration(self.elapsed_s)} ({self.rate()})",
                 flush=True,
             )
 
@@ -101,11 +118,16 @@ class Meter:
         self.done += n
         self.note = note
 
-    def _rate(self) -> str:
+    def amount(self) -> str:
+        """What is done: 138.3MB."""
+        return f"{count(self.done)}{self.unit}"
+
+    def rate(self) -> str:
+        """What is done a second: 54.0MB/s."""
         return f"{count((self.done - self.already) / self.elapsed_s)}{self.unit}/s"
 
     def line(self) -> str:
-        words = [count(self.done) + (f"/{count(self.total)}" if self.total else "") + self.unit, self._rate()]
+        words = [count(self.done) + (f"/{count(self.total)}" if self.total else "") + self.unit, self.rate()]
         if self.total and self.done > self.already:
             left = max(self.total - self.done, 0)
             words.append(f"ETA {duration(left * self.elapsed_s / (self.done - self.already))}")

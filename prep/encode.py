@@ -52,10 +52,12 @@ def choose_engine(tokenizer: Tokenizer, sample: Sequence[str]) -> tuple[Engine, 
     return "fastokens", None
 
 
-def encode_documents(documents: Documents, encoder: Encoder, *, val_limit: int, seed: int, dtype: np.dtype) -> Encoded:
-    """Ids of documents, in the order of their place in the dataset.
+def encode_documents(
+    documents: Documents, encoder: Encoder, *, val_limit: int, seed: int, dtype: np.dtype
+) -> tuple[Encoded, np.ndarray]:
+    """(ids of documents, in the order of their place in the dataset; ids of each turn's text, (turns,) int64).
 
-    Each is `<|endoftext|>` and its turns, `<|role|>` ids `<|end|>`, or the bare ids of plain text.
+    A document is `<|endoftext|>` and its turns, `<|role|>` ids `<|end|>`, or the bare ids of plain text.
     """
     ids, turn_ids = encoder.encode_batch(documents.turns())
     tokenizer = encoder.tokenizer
@@ -85,4 +87,4 @@ def encode_documents(documents: Documents, encoder: Encoder, *, val_limit: int, 
     sorted_tokens = tokens[order]
     sorted_at = np.cumsum(sorted_tokens) - sorted_tokens
     gather = np.arange(len(out)) + np.repeat(doc_at[order] - sorted_at, sorted_tokens)
-    return Encoded(at[order], sorted_tokens.astype(np.uint32), out[gather].astype(dtype))
+    return Encoded(at[order], sorted_tokens.astype(np.uint32), out[gather].astype(dtype)), turn_ids

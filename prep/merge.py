@@ -1,6 +1,7 @@
 """Encoded parts -> shuffled shards: since parts are sorted by place, a shard is one slice of every part."""
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,8 +51,14 @@ def plan_shards(encoded: list[Path], shard_tokens: int) -> list[ShardPlan]:
     return plans
 
 
-def write_shard(plan: ShardPlan, encoded: list[Path], path: Path, *, dtype: np.dtype, level: int | None) -> Shard:
-    """Gather a shard's documents from all parts, in the order of their places, and write it to the local `path`."""
+def write_shard(
+    plan: ShardPlan, encoded: list[Path], path: Path, *,
+    dtype: np.dtype, level: int | None, look: Callable[[np.ndarray, np.ndarray, np.ndarray], object],
+) -> Shard:  # fmt: skip
+    """Gather a shard's documents from all parts, in the order of their places, and write it to the local `path`.
+
+    `look(places, lengths, ids)` is shown every document that is written, many at a time, end to end.
+    """
     ids = np.empty(plan.tokens, dtype)
     places, lengths, filled = [], [], 0
     for part in encoded:
@@ -64,16 +71,14 @@ def write_shard(plan: ShardPlan, encoded: list[Path], path: Path, *, dtype: np.d
         places.append(place[a:b])
         lengths.append(n[a:b])
     place, length = np.concatenate(places), np.concatenate(lengths).astype(np.int64)
-    begin = np.cumsum(length) - length
     order = np.argsort(place, kind="stable")
+    begin, place, length = (np.cumsum(length) - length)[order], place[order], length[order]
+    cuts = np.flatnonzero(np.diff((np.cumsum(length) - length) // GATHER_TOKENS)) + 1
     with ShardWriter(path, plan.tokens, dtype, level=level) as writer:
-        pending, n = [], 0
-        for a, k in zip(begin[order].tolist(), length[order].tolist(), strict=True):
-            pending.append(ids[a : a + k])
-            n += k
-            if n >= GATHER_TOKENS:
-                writer.write(np.concatenate(pending))
-                pending, n = [], 0
-        if pending:
-            writer.write(np.concatenate(pending))
+        for first, last in itertools.pairwise([0, *cuts.tolist(), len(order)]):
+            here = slice(first, last)
+            documents = zip(begin[here].tolist(), length[here].tolist(), strict=True)
+            gathered = np.concatenate([ids[a : a + k] for a, k in documents])
+            writer.write(gathered)
+            look(place[here], length[here], gathered)
     return writer.entry(plan.split, plan.documents)

@@ -93,9 +93,7 @@ class Encoded:
 
 def save_documents(path: Path, documents: Documents) -> list[Path]:
     """Publish a cleaned part, zstd level 1 (12 GB of text must not cost 12 GB of disk), and its index; the files."""
-    raw = save_tensors(vars(documents))
-    with _working_file(path) as temporary:
-        temporary.write_bytes(zstandard.ZstdCompressor(level=1, write_checksum=True).compress(raw))
+    save_arrays(path, vars(documents))
     turn_ends = np.cumsum(documents.doc_turns, dtype=np.int64)
     text_ends = np.append(0, np.cumsum(documents.turn_bytes, dtype=np.int64))[turn_ends]
     index = np.stack([documents.doc_hash, np.diff(text_ends, prepend=0).astype(np.uint64)])
@@ -109,9 +107,22 @@ def load_index(path: Path) -> np.ndarray:
 
 def load_documents(path: Path) -> Documents:
     """Read a cleaned part back. Raises DataError if it is damaged."""
+    return Documents(**load_arrays(path))
+
+
+def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> Path:
+    """Publish arrays as one file, zstd level 1."""
+    raw = save_tensors(arrays)
+    with _working_file(path) as temporary:
+        temporary.write_bytes(zstandard.ZstdCompressor(level=1, write_checksum=True).compress(raw))
+    return path
+
+
+def load_arrays(path: Path) -> dict[str, np.ndarray]:
+    """What `save_arrays` published. Raises DataError if it is damaged."""
     try:
-        return Documents(**load_tensors(zstandard.ZstdDecompressor().decompress(path.read_bytes())))
-    except (OSError, zstandard.ZstdError, SafetensorError, TypeError) as e:
+        return load_tensors(zstandard.ZstdDecompressor().decompress(path.read_bytes()))
+    except (OSError, zstandard.ZstdError, SafetensorError) as e:
         raise DataError(f"{path}: damaged working file ({e}): delete {path.parent} and run prep again") from e
 
 

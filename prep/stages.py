@@ -4,6 +4,7 @@ Between passes, what is global (duplicates, sample, split, order) is decided fro
 """
 
 import functools
+import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import numpy as np
 from cli.progress import Meter
 from gpt.tokenizer import Tokenizer
 from prep import clean as cleaning
-from prep import corpus, dedup, encode, exchanges, merge, neardup, parts
+from prep import corpus, dedup, encode, exchanges, figures, merge, neardup, parts
 from prep.pool import Executor, in_threads
 from store import fs
 from store.shards import Shard
@@ -31,6 +32,7 @@ class Cleaned:
     parts: list[Path]
     groups: list[int]  # of each part: which of the inputs it came from
     counts: Counter
+    group_counts: list[Counter]  # of each of the inputs
     examples: dict[str, list[str]]  # reason: dropped texts
     changes: dict[str, list[list[str]]]  # rule: [before, after] excerpts
 
@@ -41,10 +43,12 @@ class Cleaned:
 def clean_corpus(tasks: list[corpus.Task], work: Path, *, rules: cleaning.Settings, pool: Executor) -> Cleaned:
     """Read, cut into documents, clean, drop, hash."""
     counts, examples, changes, done, groups = Counter(), {}, {}, [], []
+    group_counts = [Counter() for _ in range(max((t.group for t in tasks), default=-1) + 1)]
     with Meter("clean", sum(t.size for t in tasks), "B") as meter:
         jobs = ((task, work, rules) for task in tasks)
         for task, marker in zip(tasks, pool.run(clean_task, jobs), strict=True):
             counts.update(marker["counts"])
+            group_counts[task.group].update(marker["counts"])
             for shown, new in ((examples, marker["examples"]), (changes, marker["changes"])):
                 for name, found in new.items():
                     known = shown.setdefault(name, [])
@@ -52,7 +56,7 @@ def clean_corpus(tasks: list[corpus.Task], work: Path, *, rules: cleaning.Settin
             done += [work / name for name in marker["files"] if name.endswith(".zst")]
             groups += [task.group] * (len(done) - len(groups))
             meter.add(task.size, f"{counts['kept']} documents kept")
-    return Cleaned(done, groups, counts, examples, changes)
+    return Cleaned(done, groups, counts, group_counts, examples, changes)
 
 
 def clean_marker(task: corpus.Task, work: Path) -> Path:
@@ -217,10 +221,11 @@ def encode_parts(
     """Cleaned parts -> encoded parts, duplicates left out, validation documents first."""
     tokenizer_path = work / "tokenizer.json"
     repeated = selection.repeated or [None] * len(cleaned.parts)
+    spread_limit = figures.spread_limit(selection.counts["encoded_bytes"])
     done = []
     with Meter("encode", selection.counts["encoded_bytes"], "B") as meter:
         jobs = (
-            (path, keep, again, tokenizer_path, engine, str(dtype), selection.val_limit, seed)
+            (path, keep, again, tokenizer_path, engine, str(dtype), selection.val_limit, seed, spread_limit)
             for path, keep, again in zip(cleaned.parts, selection.keep, repeated, strict=True)
         )
         for path, marker in zip(cleaned.parts, pool.run(encode_task, jobs), strict=True):
@@ -231,17 +236,36 @@ def encode_parts(
 
 def encode_task(
     path: Path, keep: np.ndarray, repeated: np.ndarray | None, tokenizer: Path, engine: str, dtype: str,
-    val_limit: int, seed: int,
+    val_limit: int, seed: int, spread_limit: int,
 ) -> dict:  # fmt: skip
-    """One cleaned part -> one encoded part and its marker."""
+    """One cleaned part -> one encoded part, the figures about it and their marker."""
     out = path.with_name(path.name.replace("clean-", "ids-").replace(".zst", ""))
     marker_path = out.with_suffix(".json")
     if marker := parts.load_marker(marker_path):
         return marker
     documents = kept_documents(path, keep, repeated)
     encoder = _encoder(str(tokenizer), engine)
-    encoded = encode.encode_documents(documents, encoder, val_limit=val_limit, seed=seed, dtype=np.dtype(dtype))
-    return parts.save_marker(marker_path, {"bytes": len(documents.text)}, parts.save_encoded(out, encoded))
+    encoded, turn_ids = encode.encode_documents(
+        documents, encoder, val_limit=val_limit, seed=seed, dtype=np.dtype(dtype)
+    )
+    about = figures.measure(
+        documents, turn_ids, encoded, vocab_size=encoder.tokenizer.vocab_size, spread_limit=spread_limit
+    )
+    counted = parts.save_arrays(_figures_path(out), {name: a.astype(np.uint32) for name, a in vars(about).items()})
+    files = [*parts.save_encoded(out, encoded), counted]
+    return parts.save_marker(marker_path, {"bytes": len(documents.text)}, files)
+
+
+def _figures_path(encoded: Path) -> Path:
+    return encoded.with_suffix(".figures.zst")
+
+
+def count_tokens(cleaned: Cleaned, encoded: list[Path], tokenizer: Tokenizer) -> figures.Counted:
+    """What was counted about the encoded parts, summed."""
+    by_group = [figures.Figures.empty(tokenizer.vocab_size) for _ in cleaned.group_counts]
+    for group, path in zip(cleaned.groups, encoded, strict=True):
+        by_group[group].add(figures.Figures(**parts.load_arrays(_figures_path(path))))
+    return figures.Counted.of(by_group, special_ids=tokenizer.special_ids.values())
 
 
 @functools.lru_cache(maxsize=1)
@@ -254,34 +278,45 @@ def _encoder(tokenizer_path: str, engine: str) -> encode.Encoder:
 
 def write_shards(
     plans: list[merge.ShardPlan], encoded: list[Path], output: str, work: Path, *,
-    dtype: np.dtype, level: int | None, pool: Executor,
-) -> list[Shard]:  # fmt: skip
+    dtype: np.dtype, level: int | None, counted: figures.Counted, pool: Executor,
+) -> tuple[list[Shard], dict]:  # fmt: skip
     """Write every planned shard and publish it at the output, any URL, while the next ones are made.
 
-    Those that an earlier run published, and that are unchanged, are kept.
+    Those that an earlier run published, and that are unchanged, are kept. Returns the shards and what a `figures.Watch`
+    has seen in all of them.
     """
+    watch_path = parts.save_array(work / "watch.npy", figures.watch_table(counted))
     names = [p.file_name(level is not None) for p in plans]
     with Meter("write", sum(p.tokens for p in plans), " tokens") as meter:
         found = in_threads(lambda name: published_shard(name, output, work), names, threads=UPLOADS)
         shards = {name: shard for name, shard in zip(names, found, strict=True) if shard}
         meter.add(sum(s.tokens for s in shards.values()))
         todo = [(plan, work / name) for plan, name in zip(plans, names, strict=True) if name not in shards]
-        made = pool.run(shard_task, ((plan, encoded, path, str(dtype), level) for plan, path in todo))
+        made = pool.run(shard_task, ((plan, encoded, path, str(dtype), level, watch_path) for plan, path in todo))
         for shard in in_threads(lambda shard: publish_shard(shard, output, work), made, threads=UPLOADS):
             shards[shard.name] = shard
             meter.add(shard.tokens)
-    return [shards[name] for name in names]
+    return [shards[name] for name in names], figures.join(json.loads(_seen_path(work / n).read_bytes()) for n in names)
 
 
-def shard_task(plan: merge.ShardPlan, encoded: list[Path], path: Path, dtype: str, level: int | None) -> Shard:
+def shard_task(
+    plan: merge.ShardPlan, encoded: list[Path], path: Path, dtype: str, level: int | None, watch_path: Path
+) -> Shard:
     """Gather one shard into the work folder, which goes when all is done: no half of one ever stands in the dataset."""
-    return merge.write_shard(plan, encoded, path, dtype=np.dtype(dtype), level=level)
+    watch = figures.Watch(np.load(watch_path, allow_pickle=False))
+    shard = merge.write_shard(plan, encoded, path, dtype=np.dtype(dtype), level=level, look=watch.look)
+    fs.put_bytes(str(_seen_path(path)), json.dumps(watch.seen).encode())
+    return shard
+
+
+def _seen_path(shard: Path) -> Path:
+    return shard.with_name(f"{shard.name}.seen.json")
 
 
 def publish_shard(shard: Shard, output: str, work: Path) -> Shard:
     """Move a shard from the work folder to the output, verified, and only then mark it as done."""
     fs.move_file(fs.join(output, shard.name), work / shard.name)
-    parts.save_marker(work / f"{shard.name}.json", {"shard": vars(shard)}, [])
+    parts.save_marker(work / f"{shard.name}.json", {"shard": vars(shard)}, [_seen_path(work / shard.name)])
     return shard
 
 

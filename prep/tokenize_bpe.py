@@ -31,10 +31,10 @@ from typing import Any, Literal
 from cli import flags
 from cli.errors import USER_ERRORS, Unfinished, UserError
 from cli.flags import flag
-from cli.progress import Meter, count, duration
+from cli.progress import Meter, count, duration, recorded
 from cli.stop import Stopped, stoppable
 from gpt.tokenizer import SPLIT_PATTERNS, Tokenizer
-from prep import bpe, corpus, encode, merge, parts, shares, stages, work_folder
+from prep import bpe, corpus, encode, merge, parts, report, report_page, shares, stages, timing, work_folder
 from prep import clean as cleaning
 from prep.pool import Executor, Pool, usable_cpus
 from store import fs
@@ -139,26 +139,29 @@ def prepare(argv: list[str] | None) -> int:
         shares.agree(work, settings.num_tasks)
         tasks = [t for t in tasks if t.index % settings.num_tasks == settings.task_index]
     try:
-        with make_executor(settings, sources, work, versions) as pool:
+        with make_executor(settings, sources, work, versions) as pool, recorded() as meters:
             show_input(sources, tasks, pool)
             cleaned = stages.clean_corpus(tasks, work, rules=rules, pool=pool)
             if settings.task_index is not None:
                 print(f"task       {settings.task_index} of {settings.num_tasks} is done; after the last one: --finish")
                 return 0
-            report = build(settings, cleaned, output, work, pool, job, trainer, given_tokenizer, versions)
+            described = build(settings, sources, cleaned, output, work, pool, job, trainer, given_tokenizer, versions)
     except USER_ERRORS as e:
         # a fresh run that cannot succeed leaves nothing half-made; one stopped from outside can go on with --resume
         if created and settings.task_index is None and not isinstance(e, StoreError | Unfinished):
             work_folder.remove(work, output)
         raise
+    elapsed_s = time.monotonic() - start_s
+    script = timing.timing_js(meters, elapsed_s=elapsed_s, workers=pool.workers, resumed=not created)
+    fs.put_bytes(fs.join(output, timing.NAME), script)
     shutil.rmtree(work, ignore_errors=True)
-    show_summary(output, report, time.monotonic() - start_s)
+    show_summary(output, described, elapsed_s)
     return 0
 
 
 def build(
-    settings: Settings, cleaned: stages.Cleaned, output: str, work: Path, pool: Executor, job: dict[str, Any],
-    trainer: str, given_tokenizer: tuple[str, list[str]] | None, versions: dict[str, str],
+    settings: Settings, sources: list[corpus.Source], cleaned: stages.Cleaned, output: str, work: Path, pool: Executor,
+    job: dict[str, Any], trainer: str, given_tokenizer: tuple[str, list[str]] | None, versions: dict[str, str],
 ) -> dict[str, Any]:  # fmt: skip
     """The visible sequence of stages after cleaning. Returns the report."""
     if not cleaned.counts["kept"]:
@@ -181,14 +184,19 @@ def build(
         print(f"warning: {warning}", file=sys.stderr)
     dtype = dtype_for(tokenizer.vocab_size)
     encoded = stages.encode_parts(cleaned, selection, work, engine=engine, dtype=dtype, seed=settings.seed, pool=pool)
-    shards = stages.write_shards(
+    counted = stages.count_tokens(cleaned, encoded, tokenizer)
+    shards, seen = stages.write_shards(
         merge.plan_shards(encoded, settings.shard_tokens), encoded, output, work,
-        dtype=dtype, level=settings.level if settings.compress else None, pool=pool,
+        dtype=dtype, level=settings.level if settings.compress else None, counted=counted, pool=pool,
     )  # fmt: skip
 
-    report = make_report(cleaned, selection, shards)
+    described = report.describe(
+        settings=job["settings"], sources=sources, cleaned=cleaned, selection=selection, counted=counted, seen=seen,
+        shards=shards, tokenizer=tokenizer,
+    )  # fmt: skip
     fs.put_bytes(fs.join(output, "tokenizer.json"), tokenizer.json_text.encode())
-    fs.put_bytes(fs.join(output, "report.json"), json.dumps(report, indent=1, ensure_ascii=False).encode())
+    fs.put_bytes(fs.join(output, "report.json"), json.dumps(described, indent=1, ensure_ascii=False).encode())
+    fs.put_bytes(fs.join(output, "report.html"), report_page.render(described).encode())
     fs.delete_leftovers(output)
     write_metadata(
         output,
@@ -197,13 +205,13 @@ def build(
         vocab_size=tokenizer.vocab_size,
         special_ids=tokenizer.special_ids,
         tokenizer_sha256=hashlib.sha256(tokenizer.json_text.encode()).hexdigest(),
-        totals=report["totals"],
-        counts=report["counts"],
+        totals=described["totals"],
+        counts=described["counts"],
         split_rule="a document validates when the seeded hash of its content is below val_fraction",
         job=job,
         versions=versions,
     )
-    return report
+    return described
 
 
 def make_tokenizer(
@@ -356,26 +364,6 @@ def dropped(counts: Counter) -> str:
     )
 
 
-def make_report(cleaned: stages.Cleaned, selection: stages.Selection, shards: list[Any]) -> dict[str, Any]:
-    """What went in, was dropped and came out."""
-    counts = cleaned.counts
-    totals = {
-        split: {
-            "tokens": sum(s.tokens for s in shards if s.split == split),
-            "documents": sum(s.documents for s in shards if s.split == split),
-            "stored_bytes": sum(s.stored_bytes for s in shards if s.split == split),
-        }
-        for split in ("train", "val")
-    }
-    return {
-        "counts": dict(sorted({**counts, **selection.counts}.items())),
-        "clusters": selection.clusters,
-        "examples_dropped": cleaned.examples,
-        "tokenizer_sample_bytes": selection.sample_bytes,
-        "totals": totals,
-    }
-
-
 def show_summary(output: str, report: dict[str, Any], elapsed_s: float) -> None:
     """The closing lines: what was made and what to do next."""
     counts, train, val = Counter(report["counts"]), report["totals"]["train"], report["totals"]["val"]
@@ -392,6 +380,7 @@ def show_summary(output: str, report: dict[str, Any], elapsed_s: float) -> None:
     peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) * unit
     print(f"done       in {duration(elapsed_s)}, {count(counts['bytes'] / elapsed_s)}B/s; "
           f"largest process {count(peak)}B of memory")  # fmt: skip
+    print(f"report     {fs.redact(fs.join(output, 'report.html'))}")
     print(f"next       python train/run.py --data {shlex.quote(fs.redact(output))} --resume", flush=True)
 
 
