@@ -23,7 +23,7 @@ from store.shards import HEADER_BYTES, ShardWriter, TokenShards, dtype_for, read
 ROOT = Path(__file__).parent.parent
 TOKENIZER = b'{"model": "stand-in: shards know only its hash"}'
 WIDTHS = pytest.mark.parametrize("vocab", [50_257, 100_277])
-LEVELS = pytest.mark.parametrize("level", [None, 3], ids=["raw", "zst"])
+LEVELS = pytest.mark.parametrize("level", [None, 10], ids=["raw", "zst"])
 
 
 @pytest.fixture(autouse=True)
@@ -95,7 +95,7 @@ def test_others_read_our_shards(tmp_path, vocab, level):
 @pytest.mark.skipif(not shutil.which("zstd"), reason="no zstd command here")
 def test_the_zstd_command_gives_back_the_raw_shard(tmp_path):
     raw, _ = make(tmp_path / "raw", level=None)
-    compressed, _ = make(tmp_path / "zst", level=3)
+    compressed, _ = make(tmp_path / "zst", level=10)
     for path in Path(raw).glob("*.bin"):
         unpacked = subprocess.run(["zstd", "-dc", f"{compressed}/{path.name}.zst"], capture_output=True, check=True)
         assert unpacked.stdout == path.read_bytes()
