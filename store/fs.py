@@ -109,6 +109,14 @@ def read_bytes(url: str, start: int | None = None, stop: int | None = None) -> b
     return attempt(url, "read", work)
 
 
+def read_text(url: str) -> str:
+    """A small UTF-8 file. Raises DataError where it is something else."""
+    try:
+        return read_bytes(url).decode()
+    except UnicodeDecodeError as e:
+        raise DataError(f"{redact(url)}: not UTF-8 text") from e
+
+
 def open_stream(url: str) -> BinaryIO:
     """A binary file for reading from front to back in bounded memory; a remote one survives dropped connections."""
     if is_local(url):

@@ -196,6 +196,23 @@ def test_reused_tokenizer_and_remote_output(corpus, data, tmp_path):
     assert not (tmp_path / "perennial-prep").exists()
 
 
+def test_a_dataset_of_characters(corpus, data, tmp_path):
+    """The same documents, a vocabulary that is as small as the text needs, one token for each character."""
+    d = tmp_path / "d"
+    assert prepare("--input", corpus, "--output", d, "--tokenizer-type", "char", "--tokenizer-sample", "all") == 0
+    made = TokenShards(str(d))
+    made.verify()
+    assert made.vocab_size < 300
+    tokenizer = Tokenizer(made.tokenizer_json())
+    assert tokenizer.special_ids["<|end|>"] == 4
+    assert all(len(tokenizer.encode(c)) == 1 for c in set(corpus.read_text("utf-8")))
+    texts = {}
+    for folder in (d, data):
+        decode = Tokenizer(TokenShards(str(folder)).tokenizer_json()).decode
+        texts[folder] = sorted(decode(ids) for split in ("train", "val") for ids in documents(folder, split))
+    assert texts[d] == texts[data]
+
+
 def test_limit_is_a_trial(corpus, tmp_path):
     prepare("--input", corpus, "--output", tmp_path / "d", "--vocab-size", 300, "--limit", "50kB")
     assert 45_000 < TokenShards(str(tmp_path / "d")).metadata["counts"]["bytes"] < 60_000
@@ -244,6 +261,8 @@ def bad_inputs(tmp_path, corpus, data):
         "output exists": ((*ok, "--output", data), "exists already and is complete"),
         "output under a file": ((*ok, "--output", tmp_path / "file" / "out"), "a part of that path is a file"),
         "another job": ((*ok, "--output", data, "--resume"), "was begun with --vocab-size 512, now it is 32000"),
+        "tokenizer and its size": ((*ok, "--tokenizer", data, "--vocab-size", 300), "no effect on a given --tokenizer"),
+        "characters and words": ((*ok, "--tokenizer-type", "char", "--split-pattern", "gpt2"), "no effect on --token"),
         "tokenizer missing": ((*ok, "--tokenizer", tmp_path / "no.json"), "not found"),
         "tokenizer junk": ((*ok, "--tokenizer", tmp_path / "junk.json"), "not a tokenizer.json"),
         "unknown URL": (("--input", "ftpx://host/x.txt"), "unknown kind of URL"),

@@ -1,16 +1,13 @@
 """Laws 5 and 6: ids equal the reference's, text comes back exactly, and no text can forge a special token."""
 
-import json
-
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gpt.errors import GPTError
-from gpt.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERNS, TextStream, Tokenizer
-from prep import bpe, encode
-from tests.helpers import error_of
+from gpt.tokenizer import SPECIAL_TOKENS, TextStream, Tokenizer
+from prep import encode
 
 TEXT = st.text() | st.text(alphabet=st.sampled_from("aA '’\n\t\r  🙂é\u0301日9.-_<|>"), max_size=60)
 
@@ -78,64 +75,6 @@ def test_streaming_shows_the_same_text(tokenizer, text):
     assert text.startswith(shown)
     if not text.endswith("\ufffd"):
         assert shown == text  # a character whose bytes are all there is never held back
-
-
-@pytest.mark.parametrize("split", SPLIT_PATTERNS)
-@pytest.mark.parametrize("trainer", ["ffbpe", "tokenizers"])
-def test_both_trainers_give_full_vocabularies_of_equal_quality(corpus, split, trainer):
-    pytest.importorskip("ffbpe")
-    lines = corpus.read_text("utf-8").split("\n")
-    made = {
-        name: Tokenizer(bpe.train(iter([lines]), vocab_size=700, min_frequency=2, split=split, trainer=name))
-        for name in (trainer, "tokenizers")
-    }
-    assert made[trainer].vocab_size == 700
-    assert list(made[trainer].special_ids.values()) == [0, 1, 2, 3, 4]
-    lengths = {name: len(t.encode_batch(lines)[0]) for name, t in made.items()}
-    assert lengths[trainer] == pytest.approx(lengths["tokenizers"], rel=0.002)
-
-
-def test_training_is_deterministic_and_ignores_special_spellings(corpus):
-    lines = corpus.read_text("utf-8").split("\n")[:500] + ["<|user|> <|end|>"] * 300
-    made = {
-        bpe.train(iter([lines]), vocab_size=400, min_frequency=2, split="o200k", trainer=t) for t in ("tokenizers",) * 2
-    }
-    assert len(made) == 1
-    tokenizer = Tokenizer(made.pop())
-    assert 1 not in tokenizer.encode("<|user|>")
-
-
-def test_a_vocabulary_larger_than_the_text_supports_names_the_largest():
-    for trainer in ("tokenizers", *(["ffbpe"] if bpe.choose_trainer("auto") == "ffbpe" else [])):
-        message = error_of(
-            lambda t=trainer: bpe.train(
-                iter([["abab abab"]]), vocab_size=1000, min_frequency=2, split="o200k", trainer=t
-            )
-        )
-        assert "supports only 2" in message
-        found = int(message.split("supports only ")[1].split(" ")[0])
-        bpe.train(iter([["abab abab"]]), vocab_size=found, min_frequency=2, split="o200k", trainer=trainer)
-
-
-def test_a_users_own_tokenizer(tokenizer, tmp_path):
-    text, added = bpe.load("mine.json", tokenizer.json_text)
-    assert added == []
-    assert Tokenizer(text).encode("Hello there") == tokenizer.encode("Hello there")
-    bare = json.loads(tokenizer.json_text)
-    bare["added_tokens"] = [t for t in bare["added_tokens"] if t["content"] == "<|endoftext|>"]
-    kept = [t for t in bare["model"]["vocab"] if t not in SPECIAL_TOKENS[1:]]
-    bare["model"]["vocab"] = {t: i for i, t in enumerate(sorted(kept, key=bare["model"]["vocab"].get))}
-    text, added = bpe.load("mine.json", json.dumps(bare))
-    assert added == list(SPECIAL_TOKENS[1:])
-    extended = Tokenizer(text)
-    assert [i + 4 for i in extended.encode("Hello there")] == tokenizer.encode("Hello there")
-    assert extended.decode(extended.render([("user", "Hi")])) == "<|endoftext|><|user|>Hi<|end|>"
-    for bad, says in (
-        ("{}", "not a tokenizer.json"),
-        ("junk", "not a tokenizer.json"),
-        (json.dumps({**bare, "normalizer": {"type": "Lowercase"}}), "does not give text back exactly"),
-    ):
-        assert says in error_of(bpe.load, "mine.json", bad)
 
 
 def test_an_engine_that_differs_is_not_used(tokenizer, monkeypatch):
