@@ -1,9 +1,11 @@
-"""Near-duplicates of a whole corpus: bands of MinHash give candidate pairs, their Jaccard index decides, components unite.
+"""Near-duplicates of a whole corpus: bands of MinHash give candidate pairs, their Jaccard index links them to components.
 
-Memory holds some tens of bytes a document. Bands and shingles lie in files made by pure tasks, one for each part, and
-are looked at one band, then one block of pairs at a time.
+Of a component the earliest document is kept, and every one that is not itself alike to one kept: links alone would have
+a chain of small differences end in another text. Memory holds some tens of bytes a document. Bands and shingles lie in
+files made by pure tasks, one for each part, and are looked at one band, then one block of pairs at a time.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,29 +15,29 @@ from prep import minhash, parts
 from prep.dedup import group_equal
 from prep.pool import Executor
 
+MAX_LEADERS = 100  # of a component: what is like none of them is kept, or a vast one would take quadratic time
 BLOCK_SHINGLES = 4_000_000  # of candidate pairs, compared at once: about 200 MB
 
 
 def find(cleaned: list[Path], keep: list[np.ndarray], threshold: float, work: Path, pool: Executor) -> np.ndarray:
-    """(documents,) int64: the place of the earliest document of each one's component, of pairs `threshold` alike or more.
+    """(documents,) int64: the place of an earlier document, to be kept, at least `threshold` alike; else its own.
 
-    Only documents where `keep`, (documents,) bool of each part, is true take part; the others stand for themselves.
+    Only documents where `keep`, (documents,) bool of each part, is true take part.
     """
     decided, marker = work / "near-duplicates.npy", work / "near-duplicates.json"
     if not parts.load_marker(marker):
         places = np.flatnonzero(np.concatenate(keep))
-        root = _components(cleaned, keep, threshold, pool)
-        earliest = np.arange(sum(map(len, keep)))
-        earliest[places] = places[root]
-        parts.save_marker(marker, {}, [parts.save_array(decided, earliest)])
+        kept_one = np.arange(sum(map(len, keep)))
+        kept_one[places] = places[_find_kept(cleaned, keep, threshold, pool)]
+        parts.save_marker(marker, {}, [parts.save_array(decided, kept_one)])
     for pattern in ("bands-*", "shingles-*"):  # the encoded parts need the room
         for path in work.glob(pattern):
             path.unlink()
     return np.load(decided, allow_pickle=False)
 
 
-def _components(cleaned: list[Path], keep: list[np.ndarray], threshold: float, pool: Executor) -> np.ndarray:
-    """(kept documents,) int64: the first document of each one's component."""
+def _find_kept(cleaned: list[Path], keep: list[np.ndarray], threshold: float, pool: Executor) -> np.ndarray:
+    """`find` among the documents that take part."""
     n = sum(int(k.sum()) for k in keep)
     with Meter("near-dup", n, " documents signed") as meter:
         jobs = ((path, kept, threshold) for path, kept in zip(cleaned, keep, strict=True))
@@ -55,7 +57,7 @@ def _components(cleaned: list[Path], keep: list[np.ndarray], threshold: float, p
             alike = sets.jaccard(a[apart], b[apart]) >= threshold
             join(root, a[apart][alike], b[apart][alike])
             meter.add(1)
-    return root
+    return leaders(root, lambda a, b: sets.jaccard(a, b) >= threshold)
 
 
 def bands_task(path: Path, keep: np.ndarray, threshold: float) -> dict:
@@ -155,3 +157,23 @@ def join(root: np.ndarray, a: np.ndarray, b: np.ndarray) -> None:
         np.minimum.at(root, high[apart], low[apart])
         while not np.array_equal(above := root[root], root):
             root[:] = above
+
+
+def leaders(root: np.ndarray, alike: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
+    """(documents,) int: the first document of its component that is kept and `alike` to each; itself for one kept.
+
+    In every round the earliest open document of each component is kept and takes those alike to it.
+    """
+    kept_one = np.arange(len(root))
+    open_ = np.flatnonzero(np.bincount(root, minlength=len(root))[root] > 1)
+    for _ in range(MAX_LEADERS):
+        _, first, component = np.unique(root[open_], return_index=True, return_inverse=True)
+        leader = open_[first][component]
+        rest = leader != open_
+        leader, open_ = leader[rest], open_[rest]
+        taken = alike(leader, open_)
+        kept_one[open_[taken]] = leader[taken]
+        open_ = open_[~taken]
+        if not len(open_):
+            break
+    return kept_one

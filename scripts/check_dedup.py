@@ -97,9 +97,9 @@ def find_duplicates(args: CheckFlags, n: int) -> tuple[dict[int, str], dict[int,
 
 
 def likeness(a: str, b: str) -> float:
-    """The Jaccard index of two texts' word triples, by plain Python: nothing of what it judges is used."""
-    words = [re.findall(r"\w+", text.lower()) for text in (a, b)]
-    left, right = ({tuple(w[i : i + 3]) for i in range(max(len(w) - 2, 1))} for w in words)
+    """The Jaccard index of two texts' words, each with the two after it, by plain Python: nothing of what it judges is used."""
+    words = [[*re.findall(r"[^\W_]+", text.lower()), "", ""] for text in (a, b)]
+    left, right = ({tuple(w[i : i + 3]) for i in range(len(w) - 2)} for w in words)
     return len(left & right) / len(left | right)
 
 

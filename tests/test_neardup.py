@@ -1,5 +1,6 @@
-"""Near-duplicates of a corpus: the earliest of each component is kept, whatever the tasks, workers and interruptions."""
+"""Near-duplicates of a corpus: each dropped one is like an earlier one kept, whatever the tasks, workers, interruptions."""
 
+import itertools
 import json
 
 import numpy as np
@@ -48,22 +49,40 @@ def find(texts, cuts, folder, threshold=0.8):
         return neardup.find(paths, keep, threshold, folder, pool)
 
 
-def test_components_are_those_of_comparing_every_pair(tmp_path):
+def test_what_is_found_is_what_comparing_every_pair_finds(tmp_path):
     texts = originals_and_copies()
-    n = len(texts)
-    expected = list(range(n))
-    for _ in range(n):  # until nothing changes: labels spread over every pair that is alike
-        before = list(expected)
-        for i in range(n):
-            for j in range(i):
-                if expected[i] != expected[j] and alike(texts, i, j) >= 0.8:
-                    expected[i] = expected[j] = min(expected[i], expected[j])
-        if expected == before:
-            break
-    whole = find(texts, [], tmp_path / "whole")
-    assert whole.tolist() == expected
-    assert 10 < (whole != np.arange(n)).sum() < n - 60 + 1
+    component = list(range(len(texts)))
+    for i, j in itertools.combinations(range(len(texts)), 2):
+        if alike(texts, i, j) >= 0.8:
+            component = [component[i] if c == component[j] else c for c in component]
+    expected = []
+    for i in range(len(texts)):
+        kept = [j for j in range(i) if expected[j] == j and component[j] == component[i] and alike(texts, i, j) >= 0.8]
+        expected.append(kept[0] if kept else i)
+    found = find(texts, [], tmp_path / "whole").tolist()
+    assert found == expected
+    assert 10 < sum(i != j for i, j in enumerate(found)) < 60
     assert find(texts, [7, 7, 50, 51], tmp_path / "cut").tolist() == expected  # an empty part too
+
+
+def test_a_chain_of_small_differences_does_not_end_in_another_text(tmp_path):
+    """Each is like the one before it, none like the one before that: every second one is kept."""
+    words = random_text(np.random.Generator(np.random.PCG64(4)), 100).split()
+    chain = []
+    for step in range(6):
+        chain.append(" ".join(words))
+        for i in (3, 7):
+            words[step * 15 + i] = f"other{step}"
+    assert [alike(chain, i, i + 1) >= 0.8 for i in range(5)] == [True] * 5
+    assert [alike(chain, i, i + 2) >= 0.8 for i in range(4)] == [False] * 4
+    assert find(chain, [], tmp_path).tolist() == [0, 0, 2, 2, 4, 4]
+
+
+def test_a_component_of_too_many_kept_ones_is_left_in_peace(monkeypatch):
+    monkeypatch.setattr(neardup, "MAX_LEADERS", 2)
+    root = np.array([0, 1, 1, 1, 1, 1, 1, 0])
+    found = neardup.leaders(root, lambda a, b: (b - a) % 3 == 0)  # 1, 4; 2, 5; 3, 6; and not 0, 7
+    assert found.tolist() == [0, 1, 2, 3, 1, 2, 6, 7]
 
 
 _alike: dict = {}
