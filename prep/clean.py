@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from cli.errors import UserError
 from prep import characters, conversation, markup, mojibake, private, quality
-from prep.corpus import Document
+from prep.formats import Document
 from prep.look import Look
 
 

@@ -3,7 +3,7 @@
 import itertools
 import operator
 
-from prep.corpus import Document
+from prep.formats import Document
 from prep.look import Look
 
 REPEATED_LINES = 4  # a refrain may come three times

@@ -34,6 +34,7 @@ def describe(
         "counts": dict(sorted({**cleaned.counts, **selection.counts}.items())),
         "clusters": selection.clusters,
         "examples_dropped": cleaned.examples,
+        "first_unusable": cleaned.first_unusable,
         "changes": cleaned.changes,
         "tokenizer_sample_bytes": selection.sample_bytes,
         "totals": {split: totals([s for s in shards if s.split == split]) for split in ("train", "val")},

@@ -15,7 +15,8 @@ import numpy as np
 from cli.progress import Meter
 from gpt.tokenizer import Tokenizer
 from prep import clean as cleaning
-from prep import corpus, dedup, encode, exchanges, figures, merge, neardup, parts
+from prep import corpus, dedup, encode, exchanges, figures, merge, neardup, parts, reading
+from prep.formats import Document, Fields, Unusable
 from prep.pool import Executor, in_threads
 from store import fs
 from store.shards import Shard
@@ -34,17 +35,21 @@ class Cleaned:
     group_counts: list[Counter]  # of each of the inputs
     examples: dict[str, list[str]]  # reason: dropped texts
     changes: dict[str, list[list[str]]]  # rule: [before, after] excerpts
+    first_unusable: str  # where the first record is that is no document, and how it begins; "" where there is none
 
 
 # ---- clean ----------------------------------------------------------------------------------------------------------
 
 
-def clean_corpus(tasks: list[corpus.Task], work: Path, *, rules: cleaning.Settings, pool: Executor) -> Cleaned:
+def clean_corpus(
+    tasks: list[corpus.Task], work: Path, *, rules: cleaning.Settings, fields: Fields, pool: Executor
+) -> Cleaned:
     """Read, cut into documents, clean, drop, hash."""
     counts, examples, changes, done, groups = Counter(), {}, {}, [], []
     group_counts = [Counter() for _ in range(max((t.group for t in tasks), default=-1) + 1)]
+    lines, first_unusable = Counter(), ""
     with Meter("clean", sum(t.size for t in tasks), "B") as meter:
-        jobs = ((task, work, rules) for task in tasks)
+        jobs = ((task, work, rules, fields) for task in tasks)
         for task, marker in zip(tasks, pool.run(clean_task, jobs), strict=True):
             counts.update(marker["counts"])
             group_counts[task.group].update(marker["counts"])
@@ -52,10 +57,21 @@ def clean_corpus(tasks: list[corpus.Task], work: Path, *, rules: cleaning.Settin
                 for name, found in new.items():
                     known = shown.setdefault(name, [])
                     known += found[: cleaning.EXAMPLES - len(known)]
+            first_unusable = first_unusable or _first_unusable(task, marker, lines)
+            lines.update({p.source.url: n for p, n in zip(task.pieces, marker["lines"], strict=True)})
             done += [work / name for name in marker["files"] if name.endswith(".zst")]
             groups += [task.group] * (len(done) - len(groups))
             meter.add(task.size, f"{counts['kept']} documents kept")
-    return Cleaned(done, groups, counts, group_counts, examples, changes)
+    return Cleaned(done, groups, counts, group_counts, examples, changes, first_unusable)
+
+
+def _first_unusable(task: corpus.Task, marker: dict, lines: Counter) -> str:
+    """Where the task's first unusable record is, given the `lines` of each source that earlier tasks have read."""
+    if not marker["first_unusable"]:
+        return ""
+    piece, reason, line, excerpt = marker["first_unusable"]
+    url = task.pieces[piece].source.url
+    return f"{fs.redact(url).rsplit('/', 1)[-1]}, line {lines[url] + line} ({reason}): {excerpt[:100]!r}"
 
 
 def clean_marker(task: corpus.Task, work: Path) -> Path:
@@ -63,14 +79,15 @@ def clean_marker(task: corpus.Task, work: Path) -> Path:
     return work / f"clean-{task.index:06d}.json"
 
 
-def clean_task(task: corpus.Task, work: Path, rules: cleaning.Settings) -> dict:
+def clean_task(task: corpus.Task, work: Path, rules: cleaning.Settings, fields: Fields) -> dict:
     """One task -> cleaned parts and their marker."""
     marker_path = clean_marker(task, work)
     if marker := parts.load_marker(marker_path):
         return marker
     cleaner, strict = cleaning.Cleaner(rules), "ascii" in rules.rules
     counts, examples, changes, files = Counter(), {}, {}, []
-    waiting: list[corpus.Document] = []
+    lines, first_unusable = [0] * len(task.pieces), None
+    waiting: list[Document] = []
     waiting_bytes = 0
 
     def write() -> None:
@@ -81,27 +98,34 @@ def clean_task(task: corpus.Task, work: Path, rules: cleaning.Settings) -> dict:
         files.extend(parts.save_documents(work / f"clean-{task.index:06d}-{len(files) // 2:04d}.zst", documents))
         waiting, waiting_bytes = [], 0
 
-    for piece, chunk in ((p, c) for p in task.pieces for c in corpus.read_chunks(p)):
-        where = fs.redact(piece.source.url)
-        text, invalid = corpus.decode(chunk, strict=strict, where=where)
-        counts.update(bytes=len(chunk), invalid_utf8=invalid)
-        for record in corpus.documents(text, piece.source.kind):
+    def drop(reason: str, text: str) -> None:
+        counts[f"dropped_{reason}"] += 1
+        if len(examples.setdefault(reason, [])) < cleaning.EXAMPLES:
+            examples[reason].append(text[:200])
+
+    for number, batch in ((n, b) for n, p in enumerate(task.pieces) for b in reading.read(p, fields, strict=strict)):
+        for record in batch.documents:
             counts["documents"] += 1
-            document, changed = (record, ()) if isinstance(record, str) else cleaner.clean(record)
+            if isinstance(record, Unusable):
+                drop(record.reason, record.excerpt)
+                first_unusable = first_unusable or (number, record.reason, record.line, record.excerpt)
+                continue
+            document, changed = cleaner.clean(record)
             if changed:
                 cleaning.tally(changed, counts, changes)
             if isinstance(document, list):
                 waiting.append(document)
-                continue
-            counts[f"dropped_{document}"] += 1
-            if len(examples.setdefault(document, [])) < cleaning.EXAMPLES and isinstance(record, list):
-                examples[document].append("\n".join(said for _, said in record)[:200])
-        waiting_bytes += len(chunk)
+            else:
+                drop(document, "\n".join(said for _, said in record))
+        counts.update(bytes=batch.text_bytes, invalid_utf8=batch.invalid_utf8, cut=batch.cut)
+        lines[number] += batch.lines
+        waiting_bytes += batch.text_bytes
         if waiting and waiting_bytes >= corpus.TASK_BYTES:  # a compressed file is one task and many parts
             write()
     if waiting:
         write()
-    return parts.save_marker(marker_path, {"counts": dict(counts), "examples": examples, "changes": changes}, files)
+    figures = {"counts": dict(counts), "examples": examples, "changes": changes, "lines": lines}
+    return parts.save_marker(marker_path, figures | {"first_unusable": first_unusable}, files)
 
 
 # ---- select ---------------------------------------------------------------------------------------------------------

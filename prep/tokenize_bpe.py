@@ -40,6 +40,7 @@ from prep import (
     encode,
     merge,
     parts,
+    reading,
     report,
     report_page,
     shares,
@@ -49,6 +50,7 @@ from prep import (
     work_folder,
 )
 from prep import clean as cleaning
+from prep.formats import Fields
 from prep.given import load as load_tokenizer
 from prep.pool import Executor, Pool, usable_cpus
 from store import fs
@@ -65,7 +67,10 @@ def sample_size(text: str) -> int | None:
 class Settings:
     """Every flag. Those in FREE change neither output bytes nor meaning, and may change when a run is resumed."""
 
-    input: tuple[str, ...] = flag((), "files, folders, globs or URLs: .txt or .jsonl, also .gz .bz2 .xz .zst")
+    input: tuple[str, ...] = flag((), "files, folders, globs or URLs: .txt .jsonl .csv .parquet …, compressed or not")
+    text_field: str = flag("", "field or column that holds the text, where its name is an unusual one")
+    user_field: str = flag("", "field or column that holds what the user says; with --assistant-field")
+    assistant_field: str = flag("", "field or column that holds the answer")
     output: str = flag("", "folder or URL of the dataset (default: beside the input, named after it: NAME-tokens)")
     vocab_size: int = flag(32000, "tokens in the vocabulary, the five special ones included")
     compress: bool = flag(False, "store shards as zstd, about half the size")
@@ -140,7 +145,7 @@ def prepare(argv: list[str] | None) -> int:
     check(settings)
     check_tokenizer(settings, given)
     rules = cleaning_settings(settings)
-    sources = corpus.find_sources(settings.input)
+    sources = corpus.find_sources(settings.input, fields_of(settings))
     output = settings.output or default_output(settings.input[0])
     given_tokenizer = load_tokenizer(settings.tokenizer) if settings.tokenizer else None
     trainer = "given" if given_tokenizer else vocabulary.choose_trainer(settings.tokenizer_type, settings.trainer)
@@ -164,7 +169,7 @@ def prepare(argv: list[str] | None) -> int:
     try:
         with make_executor(settings, sources, work, versions) as pool, recorded() as meters:
             show_input(sources, tasks, pool)
-            cleaned = stages.clean_corpus(tasks, work, rules=rules, pool=pool)
+            cleaned = stages.clean_corpus(tasks, work, rules=rules, fields=fields_of(settings), pool=pool)
             if settings.task_index is not None:
                 print(f"task       {settings.task_index} of {settings.num_tasks} is done; after the last one: --finish")
                 return 0
@@ -188,7 +193,8 @@ def build(
 ) -> dict[str, Any]:  # fmt: skip
     """The visible sequence of stages after cleaning. Returns the report."""
     if not cleaned.counts["kept"]:
-        why = f"all {cleaned.counts['documents']} documents were dropped ({dropped(cleaned.counts)}); try --clean light"
+        why = f"all {cleaned.counts['documents']} documents were dropped ({dropped(cleaned.counts)})"
+        why += f"; the first: {cleaned.first_unusable}" if cleaned.first_unusable else "; try --clean light"
         raise UserError(f"{', '.join(settings.input)}: {why if cleaned.counts['documents'] else 'the corpus is empty'}")
     selection = stages.select(
         cleaned,
@@ -260,6 +266,11 @@ def make_tokenizer(
     return text
 
 
+def fields_of(settings: Settings) -> Fields:
+    """The user's own names of fields."""
+    return Fields(settings.text_field, settings.user_field, settings.assistant_field)
+
+
 # ---- before the stages ----------------------------------------------------------------------------------------------
 
 
@@ -267,6 +278,10 @@ def check(settings: Settings) -> None:
     """Refuse settings that cannot be meant, before anything is read."""
     if not all(i.strip() for i in settings.input or ("",)):
         raise UserError("--input is missing: name a file, folder, glob or URL (.txt or .jsonl)")
+    if bool(settings.user_field) != bool(settings.assistant_field):
+        raise UserError("--user-field and --assistant-field belong together: give both")
+    if settings.text_field and settings.user_field:
+        raise UserError("--text-field names plain text, --user-field and --assistant-field a conversation: choose one")
     if settings.vocab_size < bpe.MIN_VOCAB and not settings.tokenizer:
         raise UserError(
             f"--vocab-size {settings.vocab_size}: at least {bpe.MIN_VOCAB} are needed (256 bytes and 5 special)"
@@ -361,7 +376,7 @@ def default_output(first_input: str) -> str:
     if fs.is_local(first_input):
         first_input = str(fs.local_path(first_input).resolve()) if first_input in (".", "..") else first_input
     folder, slash, name = first_input.rstrip("/").rpartition("/")
-    while Path(name).suffix.lower() in (*corpus.COMPRESSIONS, *corpus.TEXT_SUFFIXES, *corpus.JSON_SUFFIXES):
+    while Path(name).suffix.lower() in (*corpus.PACKED, *corpus.SUFFIXES):
         name = Path(name).stem
     return f"{folder}{slash}{name}-tokens"
 
@@ -375,7 +390,7 @@ def describe_job(
     fixed |= {"skip_rules": ",".join(settings.skip_rules), "add_rules": ",".join(settings.add_rules)}
     fixed |= {"language": ",".join(rules.languages), "blocklist": rules.blocklist_sha256}
     fixed["tokenizer"] = hashlib.sha256(given[0].encode()).hexdigest() if given else ""
-    files = [[fs.redact(s.url).rsplit("/", 1)[-1], s.size, s.kind, s.head_xxh3, s.group] for s in sources]
+    files = [[fs.redact(s.url).rsplit("/", 1)[-1], s.size, s.kind, s.xxh3, s.group] for s in sources]
     return {"settings": fixed, "sources": files}
 
 
@@ -398,6 +413,11 @@ def show_summary(output: str, report: dict[str, Any], elapsed_s: float) -> None:
           + ", ".join(filter(None, [f"{counts['duplicates']} duplicates", *found, dropped(counts)])))  # fmt: skip
     if counts["invalid_utf8"]:
         print(f"warning: {counts['invalid_utf8']} invalid UTF-8 sequences were replaced by U+FFFD", file=sys.stderr)
+    if counts["cut"]:
+        print(f"warning: records longer than {reading.MAX_RECORD_BYTES >> 20} MiB were cut, "
+              f"{counts['cut']} times", file=sys.stderr)  # fmt: skip
+    if report["first_unusable"]:
+        print(f"warning: the first record that is no document: {report['first_unusable']}", file=sys.stderr)
     print(f"tokens     {train['tokens']:,} train, {val['tokens']:,} val in {count(stored)}B "
           f"({stored / max(tokens, 1):.2f} bytes each); "
           f"{counts['encoded_bytes'] / max(tokens, 1):.2f} bytes of text per token")  # fmt: skip

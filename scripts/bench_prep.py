@@ -33,7 +33,7 @@ from cli import flags
 from cli.errors import UserError
 from cli.flags import flag, number
 from cli.progress import Meter, count, duration
-from prep import corpus
+from prep import corpus, reading
 from prep.pool import usable_cpus
 from store.shards import TokenShards
 
@@ -251,10 +251,8 @@ def write_jsonl(text: Path, out: Path) -> None:
 def _documents(text: Path) -> Iterator[str]:
     for task in corpus.plan(corpus.find_sources((str(text),))):
         for piece in task.pieces:
-            for chunk in corpus.read_chunks(piece):
-                for block in chunk.decode(errors="replace").split("\n\n"):
-                    if block.strip():
-                        yield block
+            for document in (d for batch in reading.read(piece) for d in batch.documents):
+                yield "\n".join(f"{role.title()}: {said}" if role else said for role, said in document)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import lzma
 import pytest
 import zstandard
 
-from prep import corpus
+from prep import corpus, formats, reading
 from tests.helpers import error_of
 
 
@@ -16,12 +16,12 @@ def read(path, task_bytes=None, monkeypatch=None):
     """All records of a file, through the plan."""
     if task_bytes:
         monkeypatch.setattr(corpus, "TASK_BYTES", task_bytes)
-    (source,) = corpus.find_sources((str(path),))
-    records = []
-    for piece in (p for t in corpus.plan([source]) for p in t.pieces):
-        for chunk in corpus.read_chunks(piece):
-            records += corpus.documents(corpus.decode(chunk, strict=False, where="")[0], source.kind)
-    return records
+    return [d for b in batches(corpus.find_sources((str(path),))) for d in b.documents]
+
+
+def batches(sources):
+    """Everything the plan reads."""
+    return [b for t in corpus.plan(sources) for p in t.pieces for b in reading.read(p)]
 
 
 CHAT = "".join(
@@ -41,8 +41,8 @@ def test_any_ranges_give_the_same_documents(tmp_path, monkeypatch, task_bytes, k
         text = text.replace("\n", "\r\n") if kind == "crlf" else text
     path = tmp_path / ("a.jsonl" if kind == "jsonl" else "a.txt")
     path.write_bytes(text.encode())
-    monkeypatch.setattr(corpus, "PLAIN_DOCUMENT_BYTES", 1)  # joining paragraphs depends on the plan, which is fixed
-    whole = list(corpus.documents(text, {"crlf": "chat"}.get(kind, kind)))
+    monkeypatch.setattr(formats, "DOCUMENT_CHARS", 1)  # joining paragraphs depends on the plan, which is fixed
+    whole = list(formats.documents(text, {"crlf": "chat"}.get(kind, kind)))
     assert len(whole) >= 200
     assert read(path, task_bytes, monkeypatch) == whole
 
@@ -57,54 +57,11 @@ def test_compressed_files_give_the_same(tmp_path, monkeypatch, suffix):
     }
     (tmp_path / "a.txt").write_text(CHAT)
     (tmp_path / f"b.txt{suffix}").write_bytes(pack[suffix](CHAT.encode()))
-    monkeypatch.setattr(corpus, "MAX_CHUNK_BYTES", 5000)
+    monkeypatch.setattr(reading, "MAX_RECORD_BYTES", 5000)
     monkeypatch.setattr(corpus, "TASK_BYTES", 1000)  # many chunks
     assert read(tmp_path / f"b.txt{suffix}") == read(tmp_path / "a.txt")
     (tmp_path / f"bad.txt{suffix}").write_bytes(pack[suffix](CHAT.encode())[:-20])
-    assert "damaged or misnamed" in error_of(read, tmp_path / f"bad.txt{suffix}")
-
-
-def test_conversations_by_hand():
-    text = (
-        "User: Hi!\nAssistant: Hello.\nHow are you?\n\nUser: a\n\nassistant : b\n\nsecond paragraph\n\n"
-        "lost its label\nAssistant: yes\n\nSYSTEM: be brief\nHuman: x\nBot: y\n"
-    )
-    assert list(corpus.documents(text, "chat")) == [
-        [("user", "Hi!"), ("assistant", "Hello.\nHow are you?")],
-        [("user", "a"), ("assistant", "b\n\nsecond paragraph")],
-        [("user", "lost its label"), ("assistant", "yes")],
-        [("system", "be brief"), ("user", "x"), ("assistant", "y")],
-    ]
-
-
-def test_turns_apart_by_empty_lines_stay_one_conversation():
-    text = "User: a\n\nAssistant: b\n\nUser: c\n\nAssistant: d\n\nAssistant: alone\n"
-    assert list(corpus.documents(text, "chat")) == [
-        [("user", "a"), ("assistant", "b")],
-        [("user", "c"), ("assistant", "d")],
-        [("assistant", "alone")],
-    ]
-
-
-@pytest.mark.parametrize(
-    ("line", "expected"),
-    [
-        ('{"messages": [{"role": "user", "content": "a"}, {"role": "Assistant", "content": "b"}]}',
-         [("user", "a"), ("assistant", "b")]),
-        ('{"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url"}]}]}', [("user", "a")]),
-        ('{"messages": [{"role": "user", "content": null}]}', [("user", "")]),
-        ('{"text": "plain", "id": 3}', [(None, "plain")]),
-        (r'{"text": "half \ud83d pair, whole \ud83d\ude00"}', [(None, "half \ufffd pair, whole 😀")]),
-        ('{"messages": [{"role": "tool", "content": "x"}]}', "unknown_role"),
-        ('{"messages": ["x"]}', "bad_message"),
-        ('{"text": 3}', "no_text_field"),
-        ("[1, 2]", "no_text_field"),
-        ('{"text": "cut off', "broken_json"),
-        ("[" * 100_000, "broken_json"),
-    ],
-)  # fmt: skip
-def test_jsonl_records(line, expected):
-    assert corpus.parse_json(line) == expected
+    assert "the file is damaged" in error_of(read, tmp_path / f"bad.txt{suffix}")
 
 
 def test_limit_counts_unpacked_text(tmp_path, monkeypatch):
@@ -112,18 +69,26 @@ def test_limit_counts_unpacked_text(tmp_path, monkeypatch):
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(CHAT.encode()))
     sources = corpus.find_sources((str(tmp_path / "a.txt.gz"),))
     (task,) = corpus.plan(sources, limit=3000)
-    assert 2000 < sum(map(len, corpus.read_chunks(task.pieces[0]))) <= 3000
+    assert 2000 < sum(b.text_bytes for b in reading.read(task.pieces[0])) <= 3000
 
 
-def test_one_huge_record_is_read_in_bounded_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "TASK_BYTES", 1000)
-    monkeypatch.setattr(corpus, "MAX_CHUNK_BYTES", 4000)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("task_bytes", [100, 1000, 3500])
+def test_one_huge_record_is_cut_the_same_in_any_ranges(tmp_path, monkeypatch, task_bytes, packed):
+    monkeypatch.setattr(corpus, "TASK_BYTES", task_bytes)
+    monkeypatch.setattr(reading, "MAX_RECORD_BYTES", 4000)
+    text = "before\n\n" + "é" * 10_000 + "\n\nend " + "y" * 3000 + "\n\nlast"
     path = tmp_path / "a.txt"
-    path.write_text("x" * 50_000 + "\n\nend")
+    path.write_bytes(gzip.compress(text.encode()) if packed else text.encode())
     (source,) = corpus.find_sources((str(path),))
-    chunks = [c for t in corpus.plan([source]) for p in t.pieces for c in corpus.read_chunks(p)]
-    assert b"".join(chunks) == path.read_bytes()
-    assert max(map(len, chunks)) <= 4000
+    assert source.kind == "plain"
+    found = batches([source])
+    said = [d[0][1] for b in found for d in b.documents]
+    assert sum(b.cut for b in found) == 5
+    assert max(b.text_bytes for b in found) <= 4000 + task_bytes
+    assert [len(t) for t in said if "é" in t] == [2000] * 5
+    assert "\n\n".join(said).replace("é\n\né", "éé") == text
+    assert sum(b.invalid_utf8 for b in found) == 0
 
 
 def test_find_sources(tmp_path):
@@ -138,7 +103,7 @@ def test_find_sources(tmp_path):
     assert names(tmp_path) == ["a.jsonl", "b.txt", "sub/c d.txt", "sub/é.txt.gz"]
     assert names(tmp_path / "*.txt", tmp_path / "b.txt") == ["b.txt"]  # each once
     assert names(tmp_path / "image.png") == ["image.png"]  # named by hand: taken as text if it is
-    assert "no text found" in error_of(corpus.find_sources, (str(tmp_path / "*.csv"),))
+    assert "no text found" in error_of(corpus.find_sources, (str(tmp_path / "*.pdf"),))
 
 
 def test_small_files_are_worked_on_together(tmp_path):
@@ -180,16 +145,8 @@ def test_what_is_no_text_is_refused(tmp_path, content, says):
     assert re.search(says, error_of(corpus.find_sources, (str(tmp_path / "a.txt"),)))
 
 
-def test_invalid_utf8_is_counted_or_refused():
-    assert corpus.decode("ok \ufffd".encode() + b" \xff\xfe caf\xe9", strict=False, where="a") == (
-        "ok \ufffd \ufffd\ufffd caf\ufffd",
-        3,
-    )
-    assert "--clean strict refuses it" in error_of(lambda: corpus.decode(b"caf\xe9", strict=True, where="a"))
-
-
-def test_plain_text_documents_keep_paragraphs_together():
-    text = "\n\n".join(f"paragraph {i} " + "word " * 100 for i in range(200))
-    found = list(corpus.documents(text, "plain"))
-    assert "\n\n".join(d[0][1] for d in found) == text
-    assert 3 < len(found) < 10
+def test_invalid_utf8_is_counted_or_refused(tmp_path):
+    assert formats.decode("ok \ufffd".encode() + b" \xff\xfe caf\xe9") == ("ok \ufffd \ufffd\ufffd caf\ufffd", 3)
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9")
+    (task,) = corpus.plan(corpus.find_sources((str(tmp_path / "a.txt"),)))
+    assert "--clean strict refuses it" in error_of(lambda: list(reading.read(task.pieces[0], strict=True)))

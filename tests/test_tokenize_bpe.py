@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from gpt.tokenizer import Tokenizer
-from prep import corpus as reading
-from prep import merge, pool, stages
+from prep import corpus as planning
+from prep import merge, pool, reading, stages
+from prep.formats import documents as documents_of
 from store.shards import TokenShards
 from tests.helpers import command, error_of, files, prepare, start
 
@@ -28,7 +29,7 @@ def documents(folder, split):
 def test_every_document_arrives_once_and_decodes_to_its_text(corpus, tmp_path):
     assert prepare("--input", corpus, "--output", tmp_path / "d", *FLAGS, "--clean", "off") == 0
     tokenizer = Tokenizer((tmp_path / "d" / "tokenizer.json").read_text("utf-8"))
-    expected = {tokenizer.decode(tokenizer.render(d)) for d in reading.documents(corpus.read_text("utf-8"), "chat")}
+    expected = {tokenizer.decode(tokenizer.render(d)) for d in documents_of(corpus.read_text("utf-8"), "chat")}
     train, val = documents(tmp_path / "d", "train"), documents(tmp_path / "d", "val")
     decoded = [tokenizer.decode(d) for d in train + val]
     assert len(decoded) == len(set(decoded))
@@ -43,15 +44,15 @@ def test_documents_are_shuffled_across_shards(corpus, tmp_path):
     prepare("--input", corpus, "--output", tmp_path / "d", *FLAGS)
     tokenizer = Tokenizer((tmp_path / "d" / "tokenizer.json").read_text("utf-8"))
     original = {tokenizer.decode(tokenizer.render(d)): i for i, d in
-                enumerate(reading.documents(corpus.read_text("utf-8"), "chat"))}  # fmt: skip
+                enumerate(documents_of(corpus.read_text("utf-8"), "chat"))}  # fmt: skip
     order = [original.get(tokenizer.decode(d), 0) for d in documents(tmp_path / "d", "train")]
     assert abs(np.corrcoef(order, np.arange(len(order)))[0, 1]) < 0.1
 
 
 def test_same_bytes_for_any_workers_task_size_and_killed_runs(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(reading, "TASK_BYTES", 50_000)
+    monkeypatch.setattr(planning, "TASK_BYTES", 50_000)
     prepare("--input", corpus, "--output", tmp_path / "one", *FLAGS)
-    monkeypatch.setattr(reading, "TASK_BYTES", 7_000)
+    monkeypatch.setattr(planning, "TASK_BYTES", 7_000)
     prepare("--input", corpus, "--output", tmp_path / "small-tasks", *FLAGS)
     assert files(tmp_path / "small-tasks") == files(tmp_path / "one")
     assert not (tmp_path / "one" / ".prep").exists()
@@ -62,7 +63,7 @@ def test_same_bytes_for_any_workers_task_size_and_killed_runs(corpus, tmp_path, 
 
 
 def test_killed_at_any_task_it_resumes_to_the_same_bytes(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(reading, "TASK_BYTES", 100_000)
+    monkeypatch.setattr(planning, "TASK_BYTES", 100_000)
     prepare("--input", corpus, "--output", tmp_path / "quiet", *FLAGS)
 
     class Killed(BaseException):
@@ -88,7 +89,7 @@ def test_killed_at_any_task_it_resumes_to_the_same_bytes(corpus, tmp_path, monke
                 prepare("--input", corpus, "--output", tmp_path / "d", *FLAGS, "--resume")
         assert not (tmp_path / "d" / "metadata.json").exists()  # unfinished is never taken for complete
     real_documents = reading.documents
-    monkeypatch.setattr(reading, "documents", lambda *a: redone.append(1) or real_documents(*a))
+    monkeypatch.setattr(reading, "documents", lambda *a, **k: redone.append(1) or real_documents(*a, **k))
     assert prepare("--input", corpus, "--output", tmp_path / "d", *FLAGS, "--resume") == 0
     assert redone == []  # what was done is not done again
     assert files(tmp_path / "d") == files(tmp_path / "quiet")
@@ -125,7 +126,7 @@ def group_is_alive(group):
 
 
 def test_damaged_working_files_are_made_again(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(reading, "TASK_BYTES", 100_000)
+    monkeypatch.setattr(planning, "TASK_BYTES", 100_000)
     prepare("--input", corpus, "--output", tmp_path / "quiet", *FLAGS)
     with monkeypatch.context() as m:
         m.setattr(merge, "plan_shards", lambda *a, **k: 1 / 0)
@@ -168,7 +169,7 @@ def test_duplicates_are_dropped_and_cannot_straddle_the_split(corpus, tmp_path):
 def test_inputs_of_many_kinds_in_one_run(corpus, tmp_path):
     folder = tmp_path / "in put"
     folder.mkdir()
-    chats = list(reading.documents(corpus.read_text("utf-8"), "chat"))[:300]
+    chats = list(documents_of(corpus.read_text("utf-8"), "chat"))[:300]
     (folder / "a.txt").write_text("\n\n".join("\n".join(f"{r.title()}: {t}" for r, t in d) for d in chats[:100]))
     as_json = [json.dumps({"messages": [{"role": r, "content": t} for r, t in d]}) for d in chats[100:200]]
     (folder / "b.jsonl").write_text("\n".join([*as_json, "{broken", "", '{"no": 1}']))
