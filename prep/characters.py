@@ -11,7 +11,11 @@ REPEATS = (
     10  # "soooooo" and "!!!!" are how people write; a character ten times in a row is a line drawn, or a stuck key
 )
 
-_ODD = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\u00ad\u200b\u2060\ufeff\ufff9-\ufffb]")
+_ODD = re.compile(
+    "[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\u00ad\u200b\u202a-\u202e\u2060\u2066-\u2069\ufeff\ufff9-\ufffb]"
+    # joiners belong between letters or emoji that are not ASCII
+    "|(?<![^\x00-\x7f])[\u200c\u200d]+|[\u200c\u200d]+(?![^\x00-\x7f])"
+)
 # what terminals and IRC make colours of: ESC [ 31 m, and Ctrl-C 04,01
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x03\d{1,2}(?:,\d{1,2})?")
 _ODD_BLANKS = "\u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000"
@@ -22,7 +26,8 @@ _LINE_END = re.compile(r"[ \t]+\n")
 _REPEAT = re.compile(r"([^\s\d])\1{" + str(REPEATS - 1) + ",}")  # digits are amounts
 _WIDE_REPEAT = re.compile(r"([^ ])\1{" + str(REPEATS - 1) + ",}")
 _LOST = re.compile("\ufffd+")
-_LOST_APOSTROPHE = re.compile(r"(?<=[A-Za-z])\ufffd(?=(?:s|t|re|ve|ll|d|m)\b)")
+_LOST_QUOTE = re.compile("(“[^“”\n\ufffd]{1,200})\ufffd")
+_LOST_APOSTROPHE = re.compile(r"(?<=[A-Za-z])\ufffd+(?=(?:s|t|re|ve|ll|d|m)\b)")
 
 # Latin letters with their combining marks, and the punctuation, currencies, arrows and mathematics that go with them
 _LATIN = "\x00-\u024f\u0300-\u036f\u1e00-\u1eff\u2010-\u2027\u2030-\u205e\u2070-\u22ff\u2c60-\u2c7f\ua720-\ua7ff\ufb00-\ufb06"
@@ -53,7 +58,7 @@ def not_nfc(look: Look) -> bool:
 
 
 def controls(text: str) -> str:
-    """Remove control, zero-width-space, soft-hyphen and byte-order characters; joiners that scripts and emoji need stay."""
+    """Remove control, zero-width, soft-hyphen, direction and byte-order characters; joiners within scripts and emoji stay."""
     return _ODD.sub("", _ESCAPES.sub("", text).replace("\x0b", " ").replace("\x0c", " "))
 
 
@@ -62,8 +67,8 @@ def has_controls(look: Look) -> bool:
 
 
 def lost(text: str) -> str:
-    """Remove U+FFFD, which stands for a character lost before; where an apostrophe must have stood, put it back."""
-    return _LOST.sub("", _LOST_APOSTROPHE.sub("'", text))
+    """Remove U+FFFD, which stands for a character lost before; apostrophes and closing quotes are put back."""
+    return _LOST.sub("", _LOST_QUOTE.sub(r"\1”", _LOST_APOSTROPHE.sub("'", text)))
 
 
 def has_lost(look: Look) -> bool:

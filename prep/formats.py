@@ -195,14 +195,28 @@ def _passages(blocks: list[str], between: str) -> Iterator[Document]:
 
 
 def decode(chunk: bytes, *, strict: bool = False) -> tuple[str, int]:
-    """(text, number of invalid sequences, each replaced by U+FFFD). Raises UnicodeDecodeError on the first if `strict`."""
+    """(text, number of invalid sequences mended or lost). Raises UnicodeDecodeError on the first one if `strict`.
+
+    A lone byte between ASCII is read as Windows-1252, as in "caf\\xe9" or "don\\x92t"; any other becomes U+FFFD.
+    """
     try:
         return str(chunk, "utf-8"), 0
     except UnicodeDecodeError:
         if strict:
             raise
-        text = chunk.decode("utf-8", "replace")
-        return text, text.count("\ufffd") - chunk.count("\ufffd".encode())
+        return _INVALID.subn(_windows_1252, chunk.decode("utf-8", "surrogateescape"))
+
+
+_INVALID = re.compile("[\udc80-\udcff]+")
+
+
+def _windows_1252(found: re.Match[str]) -> str:
+    """The character of a lone invalid byte, else U+FFFD: more of them together are of another encoding, or cut off."""
+    before = found.string[max(found.start() - 1, 0) : found.start()]
+    after = found.string[found.end() : found.end() + 1]
+    character = found[0].encode("utf-8", "surrogateescape").decode("cp1252", "replace")
+    cut = before.islower() and character.isupper()  # "cafÃ" is the first half of a cut "café"
+    return character if len(character) == 1 and before.isascii() and after.isascii() and not cut else "\ufffd"
 
 
 # ---- records --------------------------------------------------------------------------------------------------------

@@ -21,10 +21,7 @@ _TAG = re.compile(rf"</?(?:{_NAMES})(?:{_ATTRIBUTE}|\s+nowrap){{0,20}}\s*/?>|<!d
 _HIDDEN = re.compile(r"<(script|style)\b[^<>]*>.*?</\1\s*>|<!--.*?-->", re.IGNORECASE | re.DOTALL)
 _BREAK = re.compile(r"<(?:br|hr|/p|/div|/li|/tr|/h[1-6])\s*/?>", re.IGNORECASE)
 # who speaks of these means the tags themselves
-_ABOUT_MARKUP = re.compile(
-    r"html|\bcss\b|\bxml\b|\bjsx?\b|javascript|\bphp\b|\breact|<script|<\?|\btags?\b|\bfunction\b|=>|\);|/>",
-    re.IGNORECASE,
-)
+_ABOUT_MARKUP = re.compile(r"\bhtml|\bcss\b|\bxml\b|\bjsx\b|<script|<\?|<!doctype|\);|=>|\{", re.IGNORECASE)
 _BLOB = re.compile(r"(?:data:[\w/+.-]+;base64,)?(?<![A-Za-z0-9+/])[A-Za-z0-9+/]{100,}={0,2}")
 
 
@@ -63,8 +60,10 @@ def tags(text: str) -> str:
 
 
 def has_tags(look: Look) -> bool:
-    """In a conversation about markup the tags are its subject; in pages and mail they are debris."""
-    return "<" in look.text and ">" in look.text and not (look.chat and _ABOUT_MARKUP.search(look.text))
+    """In a conversation about markup the tags are its subject, as is one alone; in pages and mail they are debris."""
+    if "<" not in look.text or ">" not in look.text:
+        return False
+    return not look.chat or (len(_TAG.findall(look.text)) > 1 and not _ABOUT_MARKUP.search(look.text))
 
 
 @outside_code

@@ -15,36 +15,42 @@ KIND_OF_RULE = {"urls": "url", "emails": "email", "ips": "ip", "cards": "card", 
 # ASCII and Latin letters: in Chinese no blank ends a link. Brackets only in pairs, as in [text](https://a.org/b_(c)).
 _URL_CHAR = r"[^\s<>\"`()\[\]{}|\\^\u0250-\U0010ffff]"
 _URL = re.compile(
-    rf"\b(?:(?:https?|ftp)://|www\.(?=[\w-]+\.))(?:{_URL_CHAR}|\({_URL_CHAR}*\))+(?<![.,;:!?'*_])", re.IGNORECASE
+    rf"\b(?:(?:https?|ftp)://|www\.(?=[\w-]+\.))(?:{_URL_CHAR}|\({_URL_CHAR}*\)|\\_)+(?<![.,;:!?'*_])", re.IGNORECASE
 )
 # the local part is bounded, and begins at its own beginning: a megabyte of letters is read once
-_EMAIL = re.compile(r"(?<![\w.%+-])(?!git@)[\w.%+-]{1,64}@(?:[\w-]{1,63}\.){1,8}[A-Za-z]{2,24}\b(?!\.[\w-]*\()")
+_EMAIL = re.compile(r"(?<![\w.%+-])(?!git@)[\w.%+-]{1,64}@(?:[\w-]{1,63}\.){1,8}[A-Za-z]{2,24}\b")
 _IPV4 = re.compile(r"(?<![\w.\-/])(?<!ersion )(?:\d{1,3}\.){3}\d{1,3}(?![\w-]|\.\w)")
 _IPV6 = re.compile(r"(?<![\w:.])(?:[0-9A-Fa-f]{1,4}:|:(?=:)){2,7}(?::?[0-9A-Fa-f]{1,4})?(?![\w:])")
 _CARD = re.compile(
     r"(?<![\w.,$\-])(?:\d{4}([ -])\d{4}\1\d{4}\1\d{4}|\d{4}([ -])\d{6}\2\d{5}|\d{13,19})(?![\w-]|[.,]\d)"
 )
-_CARD_BEGINS = re.compile(r"4|5[1-5]|2[2-7]|3[4-689]|6(?:011|4|5)")
+# beginnings and lengths of Visa, Mastercard, American Express, Diners Club, JCB, Discover
+_CARD_KINDS = re.compile(
+    r"4\d{15}|4\d{12}|5[1-5]\d{14}|2[2-7]\d{14}|3[47]\d{13}|3(?:0[0-5]|[689]\d)\d{11}|35\d{14}|6(?:011|4[4-9]\d|5\d\d)\d{12}"
+)
 _MIN_ADDRESS_DIGITS = 7  # 1.2.3.4 is a version or a section
 _MIN_COLONS = 3  # std::abc, a::b::c
 
-_BEFORE = r"(?<![\w.,$€£#%/@=<>*^+\-])(?<!\d[ (])"
+_BEFORE = r"(?<![\w.,$€£#%/@=<>*^+\-])"
+_NO_DIGIT = r"(?<!\d[ (])"  # not the rest of a longer row of numbers
 _AFTER = r"(?![\w%°]|[.,:/*=^+\-]\d| ?[/*=+^] ?\d)"
 _PHONE = re.compile(
     _BEFORE + r"(?:"
     # +44 20 7946 1472, +1 (415) 555-1236, +493012345678
     r"\+\d{1,3}[ .-]?(?:\(\d{1,4}\)[ .-]?)?\d{1,5}(?:[ .-]?\d{2,5}){1,5}"
     # (212) 555-2084, 555-010-8284, 1-800-555-0199, 1.800.555.0199; with blanks alone only as North America numbers
-    r"|(?:1[ .-])?(?:\(\d{3}\)[ -]?\d{3}[ .-]|\d{3}-\d{3}-|\d{3}\.\d{3}\.|\d{3} \d{3}-|[2-9]\d\d [2-9]\d\d )\d{4}"
+    r"|\(\d{3}\)[ -]?\d{3}[ .-]\d{4}"
+    rf"|{_NO_DIGIT}(?:1[ .-])?(?:\(\d{{3}}\)[ -]?\d{{3}}[ .-]|\d{{3}}-\d{{3}}-|\d{{3}}\.\d{{3}}\.|\d{{3}} \d{{3}}-|[2-9]\d\d [2-9]\d\d )\d{{4}}"
     # 020 7946 0018, 01632 960 001, 06 12 34 56 78
-    r"|0\d{2,4} \d{3,4} \d{3,4}|0\d(?:[ .]\d\d){4}"
+    rf"|{_NO_DIGIT}(?:0\d{{2,4}} \d{{3,4}} \d{{3,4}}|0\d(?:[ .]\d\d){{4}})"
     r")" + _AFTER
 )  # fmt: skip
 # any grouping, where the words before it say that it is a number to call
-_GROUPED = re.compile(r"(?<![\w.,$€£#%/@=<>*^\-])\(?\d{1,5}\)?(?:[ .-]?\d{2,5}){1,5}" + _AFTER)
+_GROUPED = re.compile(_BEFORE + r"\(?\d{1,5}\)?(?:[ -]?\d{2,5}){1,5}" + _AFTER)
 _CALLED = re.compile(
-    r"\b(?:phone|call|contact|reach|dial|tel|telephone|fax|mobile|cell|whatsapp|numbers?)\b[^\n\d]*$", re.IGNORECASE
+    r"\b(?:phone|call|contact|reach|dial|tel|telephone|fax|tty|mobile|whatsapp)\b[^\n\d.!?]*(?:[.:] ?)?$", re.IGNORECASE
 )
+_NUMBER_IS = re.compile(r"\bnumbers?(?: is| are|:)? ?$", re.IGNORECASE)  # weaker: barcodes have numbers too
 _CALLED_CHARS = 40
 
 
@@ -109,17 +115,17 @@ _OWN = tuple(map(ipaddress.ip_network, ("0.0.0.0/8", "10.0.0.0/8", "127.0.0.0/8"
 
 @outside_code
 def cards(text: str) -> str:
-    """Payment card numbers: 13 to 19 digits with a known beginning and a right Luhn check digit -> [CARD]."""
+    """Payment card numbers, with a known beginning and a right check digit -> [CARD]."""
     if not has_number(text):
         return text
     return _CARD.sub(lambda found: PLACEHOLDERS["card"] if is_card(found[0]) else found[0], text)
 
 
 def is_card(text: str) -> bool:
-    """Whether the digits begin like a card's and pass the Luhn check (ISO/IEC 7812-1)."""
-    digits = [int(c) for c in text if c.isdigit()]
-    doubled = [d * 2 - 9 * (d > 4) for d in digits[-2::-2]]
-    return (sum(digits[-1::-2]) + sum(doubled)) % 10 == 0 and _CARD_BEGINS.match(text) is not None
+    """Whether the digits are a card's by beginning and length, and pass the Luhn check (ISO/IEC 7812-1)."""
+    number = "".join(filter(str.isdigit, text))
+    doubled = [d * 2 - 9 * (d > 4) for d in map(int, number[-2::-2])]
+    return _CARD_KINDS.fullmatch(number) is not None and (sum(map(int, number[-1::-2])) + sum(doubled)) % 10 == 0
 
 
 @outside_code
@@ -137,7 +143,9 @@ def _hide_phone(found: re.Match[str]) -> str:
 
 def _hide_called(found: re.Match[str]) -> str:
     words = found.string[max(found.start() - _CALLED_CHARS, 0) : found.start()]
-    return _hide_phone(found) if _CALLED.search(words) else found[0]
+    grouped = " " in found[0] or "-" in found[0]
+    called = _CALLED.search(words) or (grouped and _NUMBER_IS.search(words))
+    return _hide_phone(found) if called else found[0]
 
 
 def has_numbers(look: Look) -> bool:

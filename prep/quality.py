@@ -9,8 +9,9 @@ from prep.look import Look
 
 MIN_BYTES = 5  # "ok", "1." and the like; "Hi" with "Hello" is a conversation
 MAX_BYTES = 8 << 20  # a dump or a log, not a text; the longest novel has five million characters
-MIN_LETTERS, MAX_LOST = 0.25, 0.03
-REPEATED = 0.5  # share of words in five-word phrases that came before
+MIN_LETTERS = 0.15  # a quiz about dates has a fifth, a sudoku a tenth
+MAX_LOST = 0.03
+REPEATED = 0.7  # share of words in five-word phrases that came before
 
 _NOT_LETTERS = bytes(c for c in range(128) if not chr(c).isalpha())  # every byte of a non-ASCII character counts
 _PLACEHOLDER = re.compile(r"\[(?:URL|EMAIL|IP|CARD|PHONE)\]")
@@ -27,7 +28,7 @@ def too_long(look: Look) -> bool:
 
 
 def few_letters(look: Look) -> bool:
-    """Fewer than a quarter letters among the first thousand characters."""
+    """Fewer than 15 letters in a hundred among the first thousand characters."""
     sample = look.raw[1:1001]
     few = sample[::8]  # most texts are judged by an eighth
     if 2 * len(few.translate(None, _NOT_LETTERS)) > len(few):
@@ -40,6 +41,14 @@ def undecodable(look: Look) -> bool:
     return look.wide.count("\ufffd") > max(4, MAX_LOST * len(look.text))
 
 
+def many_scripts(look: Look) -> bool:
+    """Characters of more than twenty parts of Unicode: random ones, no language."""
+    if len(look.wide) < 40:
+        return False
+    blocks = {ord(c) >> 8 for c in look.wide[:1000]}
+    return len(blocks - _LARGE_BLOCKS) > 20
+
+
 def few_lines(look: Look) -> bool:
     """Twenty lines or more, of which fewer than a fifth differ."""
     if look.lines < 20:
@@ -49,7 +58,7 @@ def few_lines(look: Look) -> bool:
 
 
 def few_phrases(look: Look) -> bool:
-    """Half of its five-word phrases, or more, came before in it (asked where a sample of it comes again)."""
+    """Seven in ten of its five-word phrases, or more, came before in it (asked where a sample comes again)."""
     text, n = look.text, len(look.text)
     if n < 300 or not any(text.find(text[at : at + 24], at + 1) >= 0 for at in (n // 4, n // 2)):
         return False
@@ -75,6 +84,7 @@ def _blocklist(phrases: tuple[str, ...]) -> re.Pattern[str]:
     return re.compile(rf"(?<!\w)(?:{'|'.join(words)})(?!\w)")
 
 
+_LARGE_BLOCKS = frozenset(range(0x2E, 0xD8))  # Chinese, Japanese, Korean: one script, many pages
 LANGUAGE_CHARS = 1000
 
 

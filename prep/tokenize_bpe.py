@@ -412,7 +412,8 @@ def show_summary(output: str, report: dict[str, Any], elapsed_s: float) -> None:
     print(f"documents  {counts['encoded']} kept of {counts['documents']}; "
           + ", ".join(filter(None, [f"{counts['duplicates']} duplicates", *found, dropped(counts)])))  # fmt: skip
     if counts["invalid_utf8"]:
-        print(f"warning: {counts['invalid_utf8']} invalid UTF-8 sequences were replaced by U+FFFD", file=sys.stderr)
+        print(f"warning: {counts['invalid_utf8']} invalid UTF-8 sequences: "
+              "lone bytes read as Windows-1252, the rest lost", file=sys.stderr)  # fmt: skip
     if counts["cut"]:
         print(f"warning: records longer than {reading.MAX_RECORD_BYTES >> 20} MiB were cut, "
               f"{counts['cut']} times", file=sys.stderr)  # fmt: skip

@@ -146,7 +146,10 @@ def test_what_is_no_text_is_refused(tmp_path, content, says):
 
 
 def test_invalid_utf8_is_counted_or_refused(tmp_path):
-    assert formats.decode("ok \ufffd".encode() + b" \xff\xfe caf\xe9") == ("ok \ufffd \ufffd\ufffd caf\ufffd", 3)
+    lone = b"caf\xe9 don\x92t \x93so\x94 na\xefve"
+    assert formats.decode(lone) == ("café don’t “so” naïve", 5)
+    other = "ok \ufffd é".encode() + b" \xff\xfe caf\xc3 \xcf\xf0\xe8\xe2\xe5\xf2 \x81 \xe2\x80"
+    assert formats.decode(other) == ("ok \ufffd é \ufffd caf\ufffd \ufffd \ufffd \ufffd", 5)
     (tmp_path / "a.txt").write_bytes(b"caf\xe9")
     (task,) = corpus.plan(corpus.find_sources((str(tmp_path / "a.txt"),)))
     assert "--clean strict refuses it" in error_of(lambda: list(reading.read(task.pieces[0], strict=True)))

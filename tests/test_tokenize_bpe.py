@@ -330,4 +330,4 @@ def test_invalid_utf8_is_counted_and_replaced(corpus, tmp_path, capsys):
     dirty = tmp_path / "dirty.txt"
     dirty.write_bytes(corpus.read_bytes() + b"\n\nUser: caf\xe9 and th\xe9\nAssistant: Yes.\n")
     prepare("--input", dirty, "--output", tmp_path / "d", *FLAGS)
-    assert "2 invalid UTF-8 sequences were replaced" in capsys.readouterr().err
+    assert "2 invalid UTF-8 sequences" in capsys.readouterr().err
