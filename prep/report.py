@@ -40,6 +40,7 @@ def describe(
         "totals": {split: totals([s for s in shards if s.split == split]) for split in ("train", "val")},
         "sources": [
             source_figures([s for s in sources if s.group == group], figures, counts)
+            | {"fraction": selection.fractions[group] if selection.fractions else 1.0}
             for group, (figures, counts) in enumerate(zip(counted.by_group, cleaned.group_counts, strict=True))
             if counts["bytes"]
         ],

@@ -322,6 +322,7 @@ def sources_section(report: dict[str, Any]) -> str:
     for s in sources[:SHOWN_ITEMS]:
         share = share_of(s["tokens"], tokens)
         files = f"<br><small>and {s['files'] - 1:,} more files</small>" if s["files"] > 1 else ""
+        files += f"<br><small>{percent(s['fraction'])} of its text is used</small>" if s["fraction"] < 1 else ""
         rows.append([f"<bdi>{shown(s['name'], 80)}</bdi>{files}", size(s["bytes"]), f"{s['read_documents']:,}", f"{s['documents']:,}",
                      amount(s["tokens"]), f'{percent(share)}<div class="track"><i style="width:{100 * share:.2f}%"></i></div>',
                      f"{share_of(s['text_bytes'], s['tokens']):.2f}"])  # fmt: skip

@@ -15,7 +15,7 @@ import numpy as np
 from cli.progress import Meter
 from gpt.tokenizer import Tokenizer
 from prep import clean as cleaning
-from prep import corpus, dedup, encode, exchanges, figures, merge, neardup, parts, reading
+from prep import corpus, dedup, encode, exchanges, figures, merge, mixing, neardup, parts, reading
 from prep.formats import Document, Fields, Unusable
 from prep.pool import Executor, in_threads
 from store import fs
@@ -140,13 +140,14 @@ class Selection:
     repeated: list[np.ndarray] | None  # (exchanges,) bool: those that documents lose
     val_limit: int
     sample_bytes: int
+    fractions: list[float] | None  # of each input's text: what a mixture uses
     counts: Counter  # of what was found, and what is left: `encoded` documents with `encoded_bytes` of text
     clusters: list[dict[str, Any]]  # the largest: size, kind, document (its number among the cleaned), text
 
 
 def select(
     cleaned: Cleaned, work: Path, *,
-    deduplicate: Literal["exact", "turns", "off"], near_dup: float | None,
+    deduplicate: Literal["exact", "turns", "off"], near_dup: float | None, mix: mixing.Mix | None,
     val_fraction: float, sample_bytes: int | None, seed: int, pool: Executor,
 ) -> Selection:  # fmt: skip
     """Decide duplicates, validation and the tokenizer's sample from the parts' indexes: about 60 bytes a document."""
@@ -166,6 +167,14 @@ def select(
         keep &= ~emptied
         doc_bytes -= lost_bytes
 
+    fractions = None
+    if mix:
+        group = np.repeat(np.array(cleaned.groups, np.uint16), [len(n) for n in n_bytes])
+        fractions = mixing.fractions(mix, np.bincount(group[keep], doc_bytes[keep], len(mix.inputs)))
+        left_out = keep & ~mixing.choose(fractions, group, doc_hash, seed + 4)
+        counts["left_out_of_mix"] = int(left_out.sum())
+        keep &= ~left_out
+
     counts.update(encoded=int(keep.sum()), encoded_bytes=int(doc_bytes[keep].sum()))
     key = dedup.shuffle_key(doc_hash, seed)
     val_limit = dedup.validation_limit(key[keep], val_fraction, seed)
@@ -173,7 +182,7 @@ def select(
     share = 1 if sample_bytes is None else sample_bytes / max(int(doc_bytes[usable].sum()), 1)
     sample = usable & dedup.below(doc_hash, share, seed + 3)
     return Selection(np.split(keep, cuts), np.split(sample, cuts), repeated, val_limit, int(doc_bytes[sample].sum()),
-                     counts, clusters)  # fmt: skip
+                     fractions, counts, clusters)  # fmt: skip
 
 
 def unite_near(

@@ -39,6 +39,7 @@ from prep import (
     corpus,
     encode,
     merge,
+    mixing,
     parts,
     reading,
     report,
@@ -68,6 +69,7 @@ class Settings:
     """Every flag. Those in FREE change neither output bytes nor meaning, and may change when a run is resumed."""
 
     input: tuple[str, ...] = flag((), "files, folders, globs or URLs: .txt .jsonl .csv .parquet …, compressed or not")
+    mix: tuple[str, ...] = flag((), "instead of --input: sources with their shares of the text, a.txt=0.7 b.jsonl=0.3")
     text_field: str = flag("", "field or column that holds the text, where its name is an unusual one")
     user_field: str = flag("", "field or column that holds what the user says; with --assistant-field")
     assistant_field: str = flag("", "field or column that holds the answer")
@@ -145,8 +147,10 @@ def prepare(argv: list[str] | None) -> int:
     check(settings)
     check_tokenizer(settings, given)
     rules = cleaning_settings(settings)
-    sources = corpus.find_sources(settings.input, fields_of(settings))
-    output = settings.output or default_output(settings.input[0])
+    mix = mixing.parse(settings.mix)
+    inputs = mix.inputs if mix else settings.input
+    sources = corpus.find_sources(inputs, fields_of(settings))
+    output = settings.output or default_output(inputs[0])
     given_tokenizer = load_tokenizer(settings.tokenizer) if settings.tokenizer else None
     trainer = "given" if given_tokenizer else vocabulary.choose_trainer(settings.tokenizer_type, settings.trainer)
     job = describe_job(settings, rules, sources, trainer, given_tokenizer)
@@ -195,12 +199,15 @@ def build(
     if not cleaned.counts["kept"]:
         why = f"all {cleaned.counts['documents']} documents were dropped ({dropped(cleaned.counts)})"
         why += f"; the first: {cleaned.first_unusable}" if cleaned.first_unusable else "; try --clean light"
-        raise UserError(f"{', '.join(settings.input)}: {why if cleaned.counts['documents'] else 'the corpus is empty'}")
+        raise UserError(
+            f"{', '.join(map(fs.redact, settings.input or settings.mix))}: {why if cleaned.counts['documents'] else 'the corpus is empty'}"
+        )
     selection = stages.select(
         cleaned,
         work,
         deduplicate=settings.dedup,
         near_dup=settings.near_dup,
+        mix=mixing.parse(settings.mix),
         val_fraction=settings.val_fraction,
         sample_bytes=settings.tokenizer_sample,
         seed=settings.seed,
@@ -276,8 +283,12 @@ def fields_of(settings: Settings) -> Fields:
 
 def check(settings: Settings) -> None:
     """Refuse settings that cannot be meant, before anything is read."""
-    if not all(i.strip() for i in settings.input or ("",)):
-        raise UserError("--input is missing: name a file, folder, glob or URL (.txt or .jsonl)")
+    if not all(i.strip() for i in settings.input or settings.mix or ("",)):
+        raise UserError("--input is missing: name a file, folder, glob or URL (.txt, .jsonl, .csv, .parquet …)")
+    if settings.mix and settings.input:
+        raise UserError("--mix names the sources itself: leave --input out")
+    if settings.mix and settings.limit:
+        raise UserError("--limit takes the beginning of the input, --mix needs some of every source: leave one out")
     if bool(settings.user_field) != bool(settings.assistant_field):
         raise UserError("--user-field and --assistant-field belong together: give both")
     if settings.text_field and settings.user_field:
@@ -388,6 +399,8 @@ def describe_job(
     """All that the output depends on: a resumed run must have the same. Names and sizes, no folders or credentials."""
     fixed = {k: v for k, v in asdict(settings).items() if k not in FREE} | {"trainer": trainer}
     fixed |= {"skip_rules": ",".join(settings.skip_rules), "add_rules": ",".join(settings.add_rules)}
+    mix = mixing.parse(settings.mix)
+    fixed["mix"] = ", ".join(map(str, mix.weights)) if mix else ""
     fixed |= {"language": ",".join(rules.languages), "blocklist": rules.blocklist_sha256}
     fixed["tokenizer"] = hashlib.sha256(given[0].encode()).hexdigest() if given else ""
     files = [[fs.redact(s.url).rsplit("/", 1)[-1], s.size, s.kind, s.xxh3, s.group] for s in sources]
@@ -419,6 +432,10 @@ def show_summary(output: str, report: dict[str, Any], elapsed_s: float) -> None:
               f"{counts['cut']} times", file=sys.stderr)  # fmt: skip
     if report["first_unusable"]:
         print(f"warning: the first record that is no document: {report['first_unusable']}", file=sys.stderr)
+    for source in report["sources"] if len(report["sources"]) > 1 else ():
+        part = f", {source['fraction']:.1%} of what it has" if "left_out_of_mix" in counts else ""
+        print(f"source     {source['name']}: {source['documents']} documents, {count(source['text_bytes'])}B of text"
+              f" ({source['text_bytes'] / counts['encoded_bytes']:.1%}){part}, {count(source['tokens'])} tokens")  # fmt: skip
     print(f"tokens     {train['tokens']:,} train, {val['tokens']:,} val in {count(stored)}B "
           f"({stored / max(tokens, 1):.2f} bytes each); "
           f"{counts['encoded_bytes'] / max(tokens, 1):.2f} bytes of text per token")  # fmt: skip
