@@ -304,7 +304,10 @@ def put_first(path: Path, data: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
         try:
-            temporary.write_bytes(data)
+            with open(temporary, "wb") as f:
+                f.write(data)
+                f.flush()
+                os.fsync(f.fileno())
             try:
                 os.link(temporary, path)  # unlike a rename it fails where the name is taken
             except FileExistsError:

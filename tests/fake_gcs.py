@@ -34,6 +34,7 @@ class FakeGCS:
     faults: dict[str, list[int | str]] = field(default_factory=dict)
     sessions: dict[str, tuple[str, bytearray]] = field(default_factory=dict)
     numbers: Any = field(default_factory=count)
+    bytes_per_s: float | None = None  # of the one line that all uploads share
 
     def fail(self, kind: str, fault: int | str, times: int = 1) -> None:
         """Let the next `times` requests of a kind fail.
@@ -51,7 +52,7 @@ class FakeGCS:
 
     def __enter__(self) -> "FakeGCS":
         started = threading.Event()
-        self.loop = asyncio.new_event_loop()
+        self.loop, self.line_free_s = asyncio.new_event_loop(), 0.0
 
         async def serve() -> None:
             app = web.Application(client_max_size=1 << 30)
@@ -110,6 +111,9 @@ class FakeGCS:
             _, meta, body = body.split(b"\n\n", 2)
             name, body = f"{bucket}/{json.loads(meta.split(b'--==')[0])['name']}", body[: -len(b"\n--==0==--")]
         self.seen.append((kind, name))
+        if self.bytes_per_s and kind in ("upload", "chunk"):
+            self.line_free_s = max(self.line_free_s, self.loop.time()) + len(body) / self.bytes_per_s
+            await asyncio.sleep(self.line_free_s - self.loop.time())
         fault = self.faults[kind].pop(0) if self.faults.get(kind) else None
         if isinstance(fault, int):
             return web.json_response({"error": {"code": fault, "message": "fault on order"}}, status=fault)
