@@ -149,6 +149,12 @@ class _PatientStdout:
         return getattr(self.stream, name)
 
 
+def quiet_drivers() -> None:
+    """For programs and their worker processes: storage drivers print tracebacks of faults that store.retry deals with."""
+    for name in ("gcsfs", "fsspec"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
 def run(main: Callable[[], int | None], *, outlives_stdout: bool = False) -> NoReturn:
     """Run a program's `main` and exit: 0 or its own code; 2 with one line for what a user can set right.
 
@@ -158,7 +164,7 @@ def run(main: Callable[[], int | None], *, outlives_stdout: bool = False) -> NoR
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the life of the process
     if outlives_stdout:
         sys.stdout = _PatientStdout(sys.stdout)  # type: ignore[assignment]
-    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it prints tracebacks of faults that store.retry deals with
+    quiet_drivers()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
         code = main() or 0

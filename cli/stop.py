@@ -4,37 +4,44 @@ import contextlib
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import dataclass
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-class Stopped(KeyboardInterrupt):
-    """Ctrl-C, SIGTERM or a closed terminal. `code` is the exit code that shells expect: 128 + the signal's number."""
+@dataclass
+class Stop:
+    """Which signal came."""
 
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        self.code = 128 + number
+    number: int = signal.SIGINT
+
+    @property
+    def code(self) -> int:
+        """The exit code that shells expect."""
+        return 128 + self.number
 
 
 @contextlib.contextmanager
-def stoppable() -> Iterator[None]:
-    """Within it the first signal raises Stopped in the main thread; a second one leaves at once, whatever hangs."""
+def stoppable() -> Iterator[Stop]:
+    """Within it the first of SIGNALS raises KeyboardInterrupt; a second one leaves at once, whatever hangs."""
+    stop = Stop()
     before = {n: signal.getsignal(n) for n in SIGNALS}
     ours = [n for n in SIGNALS if before[n] != signal.SIG_IGN]  # nohup asked to be left alone
 
     def leave(number: int, frame: FrameType | None) -> None:
         os._exit(128 + number)
 
-    def stop(number: int, frame: FrameType | None) -> None:
+    def first(number: int, frame: FrameType | None) -> None:
+        stop.number = number
         for n in ours:
             signal.signal(n, leave)
-        raise Stopped(number)
+        raise KeyboardInterrupt  # no class of our own: a library that is interrupted may raise another in its place
 
     for n in ours:
-        signal.signal(n, stop)
+        signal.signal(n, first)
     try:
-        yield
+        yield stop
     finally:
         for n in ours:
             signal.signal(n, before[n])

@@ -1,7 +1,6 @@
 """Run pure tasks in a pool of processes, results in the order of the tasks, whatever finishes first."""
 
 import contextlib
-import logging
 import multiprocessing
 import os
 import queue
@@ -14,6 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Protocol, TypeVar
 
 from cli.errors import Unfinished
+from cli.flags import quiet_drivers
 
 T = TypeVar("T")
 
@@ -64,7 +64,7 @@ def _start_worker() -> None:
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     os.environ.update(WORKER_ENVIRONMENT)
-    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # as in the parent: it prints tracebacks of faults that pass
+    quiet_drivers()
     parent = multiprocessing.parent_process()
     # a killed parent must not leave workers behind: they would hold memory, and files that are to be written again
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

@@ -7,12 +7,15 @@ lost with its machine, or killed for lack of memory, is done again by Ray: tasks
 import logging
 import os
 import secrets
+import signal
+import socket
 from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
 from cli.errors import Unfinished, UserError
+from cli.stop import SIGNALS
 from prep.pool import WORKER_ENVIRONMENT, in_order
 from store import fs
 
@@ -55,6 +58,9 @@ class RayPool:
                 "object_store_memory": 80 << 20,
             }
         )
+        if address and address != "auto":
+            require_answer(address)
+        handlers = {n: signal.getsignal(n) for n in SIGNALS}
         try:
             ray.init(
                 **where,
@@ -63,7 +69,11 @@ class RayPool:
                 runtime_env={"py_modules": modules, "env_vars": WORKER_ENVIRONMENT},
             )
         except (ConnectionError, RuntimeError, ValueError, OSError) as e:
-            raise UserError(f"Ray at {address or 'this machine'}: {str(e).splitlines()[0]}") from e
+            hint = "; is RAY_AUTH_TOKEN that of the cluster?" if address else ""
+            raise UserError(f"Ray at {address or 'this machine'}: {str(e).splitlines()[0]}{hint}") from e
+        finally:
+            for number, handler in handlers.items():  # Ray puts its own in their place, which print stack traces
+                signal.signal(number, handler)
         self.workers = int(ray.cluster_resources().get("CPU", 1))
         self.require_reach()
         return self
@@ -102,6 +112,17 @@ class RayPool:
         except self.ray.exceptions.RayError as e:
             raise Unfinished(f"Ray: {type(e).__name__}: {' '.join(str(e).split())[:200]}: the same command "
                              "with --resume goes on") from e  # fmt: skip
+
+
+def require_answer(address: str) -> None:
+    """Raises UserError where nothing listens: Ray itself tries for minutes and fills the terminal."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, ValueError) as e:
+        raise UserError(
+            f"RAY_ADDRESS {address}: no Ray answers there ({e}); expected HOST:PORT of its head, or auto"
+        ) from e
 
 
 def what_is_missing(probe: Path, token: str, files: list[Path], versions: dict[str, str]) -> str | None:

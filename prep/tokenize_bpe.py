@@ -12,6 +12,7 @@ from pathlib import Path
 if __name__ == "__main__":  # Python put this file's folder first in sys.path: the project's root belongs there
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+import contextlib
 import hashlib
 import json
 import os
@@ -22,7 +23,6 @@ import shutil
 import time
 import unicodedata
 from collections import Counter
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -32,7 +32,7 @@ from cli import flags
 from cli.errors import USER_ERRORS, Unfinished, UserError
 from cli.flags import flag, number
 from cli.progress import count, duration, recorded
-from cli.stop import Stopped, stoppable
+from cli.stop import stoppable
 from gpt.tokenizer import SPLIT_PATTERNS, Tokenizer
 from prep import (
     bpe,
@@ -129,12 +129,13 @@ FREE = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run preparation. Raises one of USER_ERRORS for what a user can set right; then nothing new is left behind."""
-    with stoppable():
+    with stoppable() as stop:
         try:
             return prepare(argv)
-        except Stopped as e:
-            print("stopped; the same command with --resume goes on", file=sys.stderr)
-            return e.code
+        except KeyboardInterrupt:
+            with contextlib.suppress(OSError):  # a terminal that was closed
+                print("stopped; the same command with --resume goes on", file=sys.stderr)
+            return stop.code
 
 
 def prepare(argv: list[str] | None) -> int:
@@ -344,9 +345,7 @@ def made_with(trainer: str, rules: cleaning.Settings) -> dict[str, str]:
     return {name: version(name) for name in ("tokenizers", "zstandard", *(n for n, used in chosen.items() if used))}
 
 
-def make_executor(
-    settings: Settings, sources: list[corpus.Source], work: Path, versions: dict[str, str]
-) -> AbstractContextManager[Executor]:
+def make_executor(settings: Settings, sources: list[corpus.Source], work: Path, versions: dict[str, str]) -> Executor:
     """Where this run's tasks will run."""
     workers = settings.workers or usable_cpus()
     if settings.executor == "local":

@@ -1,13 +1,19 @@
 """Where tasks run changes nothing: separate commands in any order, Ray, a killed worker, a signal."""
 
+import os
+import signal
 import subprocess
+import sys
+import threading
+import time
 
+import psutil
 import pytest
 
 from prep import corpus as reading
 from prep import pool
 from store import fs
-from tests.helpers import error_of, files, prepare
+from tests.helpers import ROOT, command, error_of, files, prepare, start
 
 FLAGS = ("--vocab-size", 512, "--compress", "--shard-tokens", 30_000, "--val-fraction", 0.05)
 
@@ -85,8 +91,6 @@ def test_of_many_processes_at_once_the_first_one_writes(tmp_path):
 
 def test_ray_gives_the_same_bytes(corpus, tmp_path):
     pytest.importorskip("ray")
-    from tests.helpers import command
-
     prepare("--input", corpus, "--output", tmp_path / "one", *FLAGS)
     flags = ("--input", corpus, "--output", tmp_path / "ray", *FLAGS, "--executor", "ray", "--workers", 2)
     done = subprocess.run(command("prep/tokenize_bpe.py", *flags), capture_output=True, text=True)
@@ -99,8 +103,6 @@ def test_ray_gives_the_same_bytes(corpus, tmp_path):
 
 
 def test_in_threads_keeps_order_bounds_what_waits_and_raises(tmp_path):
-    import threading
-
     begun, go = [], threading.Event()
 
     def work(i):
@@ -122,3 +124,185 @@ def test_in_threads_keeps_order_bounds_what_waits_and_raises(tmp_path):
     assert [next(results) for _ in range(4)] == [-1, -2, -3, -4]
     with pytest.raises(ValueError, match="five"):
         next(results)
+
+
+# ---- stopped from outside -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def big(corpus, tmp_path_factory):
+    """18 MB: several tasks of the real size, some seconds of work; and the dataset an undisturbed run makes of it."""
+    folder = tmp_path_factory.mktemp("big")
+    (folder / "big.txt").write_bytes(corpus.read_bytes() * 30)
+    flags = ("--input", folder / "big.txt", *FLAGS, "--dedup", "off", "--tokenizer-sample", "1MB")
+    prepare(*flags, "--output", folder / "quiet")
+    return flags, files(folder / "quiet")
+
+
+def begin(big, output, *more, until="clean-*.json", **options):
+    """Start a real run of two workers and wait until a working file of that name is there."""
+    flags = (*big[0], "--output", output, "--workers", 2, *more)
+    process = start(
+        "prep/tokenize_bpe.py",
+        *flags,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        **options,
+    )
+    while not list((output / ".prep").glob(until)):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+    return process
+
+
+def goes_on(big, output):
+    """The same command with --resume makes the same bytes."""
+    assert prepare(*big[0], "--output", output, "--resume") == 0
+    assert files(output) == big[1]
+
+
+def test_a_signal_ends_it_with_one_line_and_its_code_and_no_worker_stays(big, tmp_path):
+    process = begin(big, tmp_path / "d")
+    workers = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGTERM)
+    err = process.communicate(timeout=20)[1]
+    assert (process.returncode, err) == (143, "stopped; the same command with --resume goes on\n")
+    psutil.wait_procs(workers, timeout=10)
+    assert not [w for w in workers if w.is_running() and w.status() != psutil.STATUS_ZOMBIE]
+    goes_on(big, tmp_path / "d")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_second_signal_leaves_at_once_whatever_hangs(number):
+    hangs = (
+        "import time\nfrom cli.stop import stoppable\n"
+        "with stoppable() as stop:\n"
+        "    try: print('works', flush=True); time.sleep(60)\n"
+        "    except KeyboardInterrupt: print('stops', stop.code, flush=True); time.sleep(60)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", hangs], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "works\n"
+    process.send_signal(number)
+    assert process.stdout.readline() == f"stops {128 + number}\n"
+    process.send_signal(number)
+    assert process.communicate(timeout=10) == ("", "")
+    assert process.returncode == 128 + number
+
+
+def test_an_error_waits_for_no_task_under_way():
+    """A compressed file is one task: it can take minutes."""
+
+    def interrupted():
+        with pool.Pool(2) as two:
+            assert next(two.run(time.sleep, [(0.0,), (60.0,), (60.0,), (60.0,), (60.0,)])) is None
+            raise KeyboardInterrupt
+
+    start_s = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert time.monotonic() - start_s < 30
+
+
+def test_a_killed_worker_is_one_line_and_nothing_is_lost(big, tmp_path):
+    """As the kernel does when memory is short."""
+    process = begin(big, tmp_path / "d")
+    worker = next(c for c in psutil.Process(process.pid).children() if "spawn_main" in " ".join(c.cmdline()))
+    worker.kill()
+    err = process.communicate(timeout=20)[1]
+    assert process.returncode == 2
+    assert err.startswith("error: a worker process was killed")
+    assert err.count("\n") == 1
+    assert list((tmp_path / "d" / ".prep").glob("clean-*.json"))  # a fresh run too keeps what it finished
+    goes_on(big, tmp_path / "d")
+
+
+def test_a_source_that_vanishes_is_one_line_and_when_back_it_goes_on(big, tmp_path):
+    source = big[0][1]
+    process = begin(big, tmp_path / "d", until="job.json")
+    away = source.rename(source.with_name("away"))
+    try:
+        err = process.communicate(timeout=20)[1]
+    finally:
+        away.rename(source)
+    assert (process.returncode, err) == (2, f"error: {source}: not found\n")
+    goes_on(big, tmp_path / "d")
+
+
+# ---- object stores --------------------------------------------------------------------------------------------------
+
+
+def bucket_run(gcs, *flags, **options):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PERENNIAL_RETRY_FOR_S": "20", **gcs.env}
+    return subprocess.Popen(
+        command("prep/tokenize_bpe.py", *flags), env=environment, text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE
+    )  # fmt: skip
+
+
+def test_an_object_that_may_not_be_read_is_one_line_and_then_goes_on(corpus, tmp_path, gcs):
+    gcs.objects["b/corpus.txt"] = corpus.read_bytes()
+    prepare("--input", corpus, "--output", tmp_path / "one", *FLAGS)
+    flags = ("--input", "gs://b/corpus.txt", "--output", tmp_path / "d", *FLAGS, "--workers", 2, "--resume")
+    process = bucket_run(gcs, *flags)
+    while not (tmp_path / "d" / ".prep" / "job.json").exists():
+        assert process.poll() is None, process.communicate()
+    gcs.faults["read"] = [403] * 1000  # withdrawn in the middle of the run
+    err = process.communicate(timeout=60)[1]
+    assert process.returncode == 2, err
+    assert err.count("\n") == 1
+    assert err.startswith("error: gs://b/corpus.txt: cannot read")
+    gcs.faults["read"] = [500]  # and back, with one fault that passes
+    process = bucket_run(gcs, *flags)
+    assert process.communicate(timeout=60)[1] == ""
+    assert files(tmp_path / "d") == files(tmp_path / "one")
+
+
+def test_killed_between_uploads_it_sends_only_what_is_missing(corpus, tmp_path, gcs):
+    prepare("--input", corpus, "--output", tmp_path / "one", *FLAGS)
+    expected = {f"b/d/{name}": data for name, data in files(tmp_path / "one").items()}
+    flags = (
+        "--input",
+        corpus,
+        "--output",
+        "gs://b/d",
+        *FLAGS,
+        "--workers",
+        2,
+        "--resume",
+        "--work-dir",
+        tmp_path / "work",
+    )
+    gcs.bytes_per_s = 40_000  # a shard takes a quarter of a second
+    process = bucket_run(gcs, *flags)
+    while len(list((tmp_path / "work" / "perennial-prep").glob("train-*.json"))) < 2:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+    done = {p.name.removesuffix(".json") for p in (tmp_path / "work" / "perennial-prep").glob("train-*.json")}
+    process.kill()
+    process.wait()
+    assert "b/d/metadata.json" not in gcs.objects
+    gcs.bytes_per_s, gcs.seen[:] = None, []
+    process = bucket_run(gcs, *flags)
+    assert process.communicate(timeout=60)[1] == ""
+    assert gcs.objects == expected
+    sent = {name.removeprefix("b/d/") for kind, name in gcs.seen if kind == "upload"}
+    assert not sent & done
+    assert not (tmp_path / "work" / "perennial-prep").exists()
+
+
+# ---- leaks of the machine into the bytes ------------------------------------------------------------------------------
+
+
+def test_locale_time_zone_hash_seed_and_threads_do_not_matter(corpus, tmp_path):
+    odd = {"LC_ALL": "C", "TZ": "Asia/Kathmandu", "PYTHONHASHSEED": "7", "RAYON_NUM_THREADS": "5"}
+    plain = {"LC_ALL": "C.UTF-8", "TZ": "UTC", "PYTHONHASHSEED": "1", "RAYON_NUM_THREADS": "1"}
+    folder = tmp_path / "façade 日本"
+    folder.mkdir()
+    (folder / "ç.txt").write_bytes(corpus.read_bytes())
+    for name, environment, mask in (("a", odd, 0o077), ("b", plain, 0o022)):
+        flags = ("--input", folder / "ç.txt", "--output", folder / name, *FLAGS, "--workers", 2)
+        line = command("prep/tokenize_bpe.py", *flags)
+        assert subprocess.run(line, env={**os.environ, **environment}, umask=mask, cwd=tmp_path).returncode == 0
+    assert files(folder / "a") == files(folder / "b")
