@@ -131,9 +131,9 @@ def test_in_threads_keeps_order_bounds_what_waits_and_raises(tmp_path):
 
 @pytest.fixture(scope="module")
 def big(corpus, tmp_path_factory):
-    """18 MB: several tasks of the real size, some seconds of work; and the dataset an undisturbed run makes of it."""
+    """11 MB: two tasks of the real size, some seconds of work; and the dataset an undisturbed run makes of it."""
     folder = tmp_path_factory.mktemp("big")
-    (folder / "big.txt").write_bytes(corpus.read_bytes() * 30)
+    (folder / "big.txt").write_bytes(corpus.read_bytes() * 18)
     flags = ("--input", folder / "big.txt", *FLAGS, "--dedup", "off", "--tokenizer-sample", "1MB")
     prepare(*flags, "--output", folder / "quiet")
     return flags, files(folder / "quiet")
@@ -286,7 +286,7 @@ def test_killed_between_uploads_it_sends_only_what_is_missing(corpus, tmp_path, 
     gcs.bytes_per_s, gcs.seen[:] = None, []
     process = bucket_run(gcs, *flags)
     assert process.communicate(timeout=60)[1] == ""
-    assert gcs.objects == expected
+    assert {name: data for name, data in gcs.objects.items() if not name.endswith("timing.js")} == expected
     sent = {name.removeprefix("b/d/") for kind, name in gcs.seen if kind == "upload"}
     assert not sent & done
     assert not (tmp_path / "work" / "perennial-prep").exists()
