@@ -19,12 +19,12 @@ class Bar:
     says: str
 
 
-def short(n: float) -> str:
-    """1234567 -> 1.2M, for axes."""
-    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if n >= limit:
-            return f"{n / limit:.3g}{unit}"
-    return f"{n:g}"
+def short(n: int) -> str:
+    """10000 -> 10k, 2048 -> 2k: powers of ten and of two, for axes."""
+    for ten, two, unit in ((10**9, 1 << 30, "G"), (10**6, 1 << 20, "M"), (10**3, 1 << 10, "k")):
+        if n >= ten:
+            return f"{n // (ten if n % ten == 0 else two)}{unit}"
+    return str(n)
 
 
 def bar_chart(bars: Sequence[Bar], *, says: str, mark: float | None = None, mark_says: str = "") -> str:

@@ -19,6 +19,7 @@ from store import fs
 from store.shards import Shard
 
 EXCERPT_CHARS = 300
+ODD_BITS = 3  # a token more than usual: a document of an English corpus then is in another language, or is none
 LONG_TOKEN = 64  # bytes: no word is as long; a token of a run of signs can be as long as the run
 RANKS_PER_DECADE = 16
 SELDOM = 100  # a token used less often than this has hardly been learnt
@@ -186,9 +187,10 @@ def turns_of(ids: list[int], tokenizer: Tokenizer) -> list[tuple[str, str]]:
 def surprise_figures(total: Figures, seen: dict, tokenizer: Tokenizer) -> dict[str, Any]:
     """How predictable documents are when only the frequency of each token is known: bits a token, mean of a document."""
     share = total.ids[total.ids > 0] / max(total.ids.sum(), 1)
-    bins = np.array(seen["bits"])
+    bins, usual = np.array(seen["bits"]), float(-(share * np.log2(share)).sum())
     return {
-        "bits_per_token": round(float(-(share * np.log2(share)).sum()), 3),
+        "bits_per_token": round(usual, 3),
+        "odd_from_bits": round(4 * (usual + ODD_BITS)) / 4,
         "documents_by_quarter_bit": bins[: np.flatnonzero(bins)[-1] + 1].tolist(),
         "most_likely": [extreme_document(*d, tokenizer=tokenizer) for d in seen["likely"]],
         "least_likely": [extreme_document(*d, tokenizer=tokenizer) for d in seen["unlikely"]],

@@ -19,6 +19,9 @@ from prep.verdict import DUPLICATES, LATE, UNREADABLE, named, percent, share_of
 TEMPLATE = Path(__file__).with_name("report_page.html")
 SHOWN_CHARS = 600  # of any one text: a page must stay small whatever the corpus holds
 SHOWN_ITEMS = 20
+NATS = 0.6931  # of a bit
+SUSPECTS = 5  # shown at once
+LABELS = 17  # more bars than this leave no room for a label at every doubling
 
 # What has no picture of its own, or moves the text around it. Not asked of `unicodedata`: its answer depends on the
 # version of Python, and the page must not.
@@ -44,8 +47,7 @@ SCRIPT = """
     var row = add(body, "tr", "");
     p.forEach(function (s, i) { add(row, "td", s, i ? "right num" : ""); });
   });
-  var about = add(box, "p", t.about, "soft");
-  about.style.marginTop = "10px";
+  add(box, "p", t.about, "soft");
 })();
 """
 
@@ -146,11 +148,10 @@ def verdict_section(report: dict[str, Any]) -> str:
         (amount(tokens), f"tokens from a vocabulary of {report['vocabulary']['size']:,}"),
         (f"{per_token:.2f}", "bytes of text per token"),
         (size(stored), f"stored, {share_of(stored, tokens):.2f} bytes per token"),
-        (amount(totals["val"]["tokens"]), f"tokens in {totals['val']['documents']:,} documents validate"),
+        (amount(totals["val"]["tokens"]), f"tokens to validate on"),
     )
-    words = {"stop": "stop", "look": "look", "note": "note"}
     findings = "".join(
-        f'<li><span class="tag {f["level"]}">{words[f["level"]]}</span><b>{shown(f["what"])}</b><span>{shown(f["do"])}</span></li>'
+        f'<li><span class="tag {f["level"]}">{f["level"]}</span><a href="#{f["section"]}">{shown(f["what"])}</a><span>{shown(f["do"])}</span></li>'
         for f in verdict["findings"]
     )
     enough = amount(totals["train"]["tokens"] / 20)
@@ -158,7 +159,7 @@ def verdict_section(report: dict[str, Any]) -> str:
 <section class="card verdict {verdict["level"]}">
 <div class="says">{shown(verdict["headline"])}</div>
 <p>At 20 tokens per parameter this is one pass of training for a model of about {enough} parameters. A model that knows
-nothing but how often each token occurs has a loss of {report["surprise"]["bits_per_token"] * 0.6931:.2f}: training must get below it soon.</p>
+nothing but how often each token occurs has a loss of {report["surprise"]["bits_per_token"] * NATS:.2f}: training must get below it soon.</p>
 <div class="tiles">{"".join(f"<div><b>{value}</b><span>{label}</span></div>" for value, label in tiles)}</div>
 </section>
 <ul class="findings">{findings}</ul>"""
@@ -181,7 +182,7 @@ def flow_section(report: dict[str, Any]) -> str:
             rows.append(flow_row(label, n, left, n, counts["documents"], gone=True))
     rows.append(flow_row("Kept", documents, 0, documents, counts["documents"]))
     sampled = sum(s["text_bytes"] for s in report["sources"])
-    return f"""<section>
+    return f"""<section id="flow">
 <h2>What happened to the documents</h2>
 <p class="lead">{size(counts["bytes"])} read, {size(counts["kept_bytes"])} after cleaning, {size(sampled)} without duplicates.</p>
 <div class="card"><div class="wide"><table class="flow"><tbody>{"".join(rows)}</tbody></table></div>
@@ -215,15 +216,18 @@ def drop_details(report: dict[str, Any], dropped: list[tuple[int, str]]) -> str:
 def change_details(report: dict[str, Any]) -> str:
     """What each rule changed, before and after."""
     parts = []
-    for rule, pairs in sorted(report.get("changes", {}).items()):
-        n = report["counts"].get(f"changed_{rule}", len(pairs))
-        shown_pairs = "".join(
+    changed = {rule: report["counts"][f"changed_{rule}"] for rule in report["changes"]}
+    for rule, n in sorted(changed.items(), key=lambda item: (-item[1], item[0])):
+        excerpts = "".join(
             f'<div class="before" dir="auto">{shown(before)}</div><div class="after" dir="auto">{shown(after)}</div>'
-            for before, after in pairs
+            for before, after in report["changes"][rule]
         )
-        parts.append(f'<details><summary>Changed by {shown(named(rule))} <span class="num">{n:,} documents</span></summary>'
-                     f"<div>{shown_pairs}</div></details>")  # fmt: skip
-    return "".join(parts)
+        parts.append(f'<details><summary>{shown(named(rule).capitalize())} <span class="num">{n:,} documents</span></summary>'
+                     f"<div>{excerpts}</div></details>")  # fmt: skip
+    if not parts:
+        return ""
+    return (f'<details><summary>What cleaning changed <span class="num">{len(parts)} rules, before and after</span></summary>'
+            f'<div class="inner">{"".join(parts)}</div></details>')  # fmt: skip
 
 
 def placeholder_details(counts: dict[str, int]) -> str:
@@ -270,7 +274,7 @@ def shape_section(report: dict[str, Any]) -> str:
         says = f"Half have {conversation['median']:,} or fewer, one in twenty more than {conversation['p95']:,}."
         charts.append(figure("Turns per conversation", says, length_chart(conversation, "turns", "conversations")))
     charts.append(figure("Who speaks", "Share of turns, and of the tokens in them.", role_chart(roles)))
-    return f"""<section><h2>What the documents look like</h2>
+    return f"""<section id="shape"><h2>What the documents look like</h2>
 <p class="lead">Lengths on a logarithmic scale: each bar is about 1.4 times as long as the one before.</p>
 <div class="grid">{"".join(charts)}</div></section>"""
 
@@ -295,23 +299,25 @@ def length_chart(length: dict[str, Any], unit: str, of: str) -> str:
     for i in range(low, high + 1):
         upto, share = edges[i + 1] - 1, share_of(sums.get(i, 0), total)
         span = f"{edges[i]:,}" + (f" to {upto:,}" if upto > edges[i] else "")
-        label = short(edges[i]) if high - low < 11 or edges[i].bit_count() == 1 else ""
+        power = edges[i].bit_count() == 1 and (high - low < LABELS or (edges[i].bit_length() - 1) % 2 == 0)
+        label = short(edges[i]) if power else ""
         bars.append(Bar(share, label, f"{span} {unit}: {sums.get(i, 0):,} {of}, {percent(share)}"))
     middle = max(i for i, edge in enumerate(edges) if edge <= length["median"])
     inside = (length["median"] + 1 - edges[middle]) / (edges[middle + 1] - edges[middle])
     return bar_chart(bars, says=f"Histogram of {unit} of {of}; median {length['median']}",
-                     mark=middle - low + inside, mark_says=f"half: up to {length['median']:,}")  # fmt: skip
+                     mark=middle - low + inside, mark_says=f"median {length['median']:,}")  # fmt: skip
 
 
 def role_chart(roles: dict[str, Any]) -> str:
     """Bars of turns and tokens by role."""
     rows = []
-    for name, word in (("turns", "turns"), ("tokens", "tokens")):
+    for name in ("turns", "tokens"):
         whole = sum(r[name] for r in roles.values())
+        rows.append(f'<tr><th colspan="4">{name.capitalize()}</th></tr>')
         for role, r in roles.items():
             share = share_of(r[name], whole)
             rows.append(f'<tr><td>{shown(role)}</td><td><div class="track"><i style="width:{100 * share:.2f}%"></i></div></td>'
-                        f'<td class="right num">{percent(share)}</td><td class="right num soft">{amount(r[name])} {word}</td></tr>')  # fmt: skip
+                        f'<td class="right num">{percent(share)}</td><td class="right num soft">{amount(r[name])}</td></tr>')  # fmt: skip
     return f'<div class="wide"><table class="flow"><tbody>{"".join(rows)}</tbody></table></div>'
 
 
@@ -332,7 +338,7 @@ def sources_section(report: dict[str, Any]) -> str:
         else ""
     )
     head = ["Input", "Read", "Documents", "Kept", "Tokens", "Share of tokens", "Bytes per token"]
-    return f"""<section><h2>Where it came from</h2>
+    return f"""<section id="sources"><h2>Where it came from</h2>
 <p class="lead">Few bytes per token mean text of another kind than the rest: another language, code, or garbage.</p>
 <div class="card">{table(head, rows, right=(1, 2, 3, 4, 5, 6))}{more}</div></section>"""
 
@@ -358,27 +364,31 @@ def token_section(report: dict[str, Any]) -> str:
         f'<span title="{t["count"]:,} times">{shown_token(t["token"])}</span>' for t in words["most_frequent"]
     )
     longest = "".join(shown_token(t) for t in words["longest"])
-    return f"""<section><h2>Tokens</h2>
+    return f"""<section id="tokens"><h2>Tokens</h2>
 <p class="lead">Tokens that are frequent but sit in few documents are the usual sign of markup, tables or machine output that
 came with one source. They cost vocabulary and training time, and the model will write them.</p>
-<div class="card"><h3>Frequent tokens in few documents</h3>{suspicious_table(words)}</div>
+<div class="card"><h3>Frequent tokens in few documents</h3>{suspicious_list(words)}</div>
 <div class="grid">{"".join(charts)}</div>
 <div class="card"><h3>Most frequent</h3><div class="tokens" style="margin:8px 0 16px">{frequent}</div>
 <h3>Longest in the vocabulary</h3><div class="tokens" style="margin-top:8px">{longest}</div></div></section>"""
 
 
-def suspicious_table(words: dict[str, Any]) -> str:
+def suspicious_list(words: dict[str, Any]) -> str:
     """Each suspect, where it sits, where it would sit by chance, and one place."""
-    rows = [
-        [shown_token(t["token"]), f"{t['looked_at_count']:,}", f"{t['documents']:,}", f"{t['expected_documents']:,}",
-         f'<div class="example" dir="auto">{shown(t["before"])}<mark>{shown_token(t["token"])}</mark>{shown(t["after"])}</div>']
+    looked = f"{words['looked_at_documents']:,} documents"
+    items = [
+        f'<li>{shown_token(t["token"])} <span class="num">{t["looked_at_count"]:,} times in {t["documents"]:,} documents; '
+        f'evenly spread it would be in {t["expected_documents"]:,}</span>'
+        f'<div class="example" dir="auto">{shown(t["before"])}<mark>{shown(t["token"])}</mark>{shown(t["after"])}</div></li>'
         for t in words["suspicious"]
     ]  # fmt: skip
-    if not rows:
-        return f"<p class='soft'>None, in {words['looked_at_documents']:,} documents.</p>"
-    head = ["Token", "Times", "Documents", "By chance", "For example"]
-    return (f'<p class="soft" style="margin-bottom:12px">Counted in {words["looked_at_documents"]:,} documents. “By chance” is how many would hold the '
-            f"token if its occurrences were spread evenly.</p>{table(head, rows, right=(1, 2, 3))}")  # fmt: skip
+    if not items:
+        return f'<p class="soft">None, in {looked}.</p>'
+    more = ""
+    if items[SUSPECTS:]:
+        rest = "".join(items[SUSPECTS:])
+        more = f'<details><summary>{len(items) - SUSPECTS} more</summary><ul class="docs">{rest}</ul></details>'
+    return f'<p class="soft">Counted in {looked}.</p><ul class="docs">{"".join(items[:SUSPECTS])}</ul>{more}'
 
 
 def document_section(report: dict[str, Any]) -> str:
@@ -388,13 +398,19 @@ def document_section(report: dict[str, Any]) -> str:
     first = next((i for i, n in enumerate(bins) if n), 0)
     bars = [Bar(share_of(n, total), f"{i // 4}" if i % 4 == 0 else "", f"{i / 4:g} to {(i + 1) / 4:g} bits a token: {n:,} documents")
             for i, n in enumerate(bins) if i >= first]  # fmt: skip
-    chart = figure("How surprising documents are", "Mean bits per token when only the frequency of each token is known. A second hill "
-                   "at the right is a second kind of text.", bar_chart(bars, says="Histogram of bits per token"))  # fmt: skip
-    return f"""<section><h2>The least and the most likely documents</h2>
+    usual, odd = surprise["bits_per_token"], sum(bins[round(4 * surprise["odd_from_bits"]) :])
+    chart = figure("How surprising documents are", "Mean bits per token when only the frequency of each token is known. A second "
+                   "hill at the right is a second kind of text.", bar_chart(bars, says="Histogram of bits per token"))  # fmt: skip
+    about = f"""<div class="card"><h3>What that says</h3>
+<p class="soft gap">The whole corpus takes {usual:.2f} bits a token, a loss of {usual * NATS:.2f}: what a model reaches that has learnt
+which tokens are frequent, and nothing else. A trained one goes far below.</p>
+<p class="soft">{percent(share_of(odd, total))} of the documents take {surprise["odd_from_bits"]:g} bits or more: they are made of tokens
+that are rare in the rest. In a corpus of one language that is text in another one, code, or garbage; the least likely are below.</p></div>"""
+    return f"""<section id="documents"><h2>The least and the most likely documents</h2>
 <p class="lead">The least likely are made of tokens that are rare elsewhere: another language, code, or garbage. The most likely say
-little in common words. Documents of fewer than 32 tokens are not listed.</p>
-{chart}
-<div class="grid" style="margin-top:14px"><div class="card"><h3>Least likely</h3>{document_list(surprise["least_likely"])}</div>
+little, in common words. Documents of fewer than 32 tokens are not listed.</p>
+<div class="grid">{chart}{about}</div>
+<div class="grid"><div class="card"><h3>Least likely</h3>{document_list(surprise["least_likely"])}</div>
 <div class="card"><h3>Most likely</h3>{document_list(surprise["most_likely"])}</div></div></section>"""
 
 
@@ -417,5 +433,6 @@ def settings_section(report: dict[str, Any]) -> str:
     rows = "".join(
         f"<div><dt>{shown(name.replace('_', '-'))}</dt><dd>{shown(str(value), 60)}</dd></div>"
         for name, value in report["settings"].items()
+        if value not in (None, "", [], False)
     )
     return f'<section><h2>Settings</h2><div class="card"><dl>{rows}</dl></div></section>'

@@ -1,11 +1,10 @@
 """Should one train on this? What in the report's figures a person should look at first, in plain words."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 Level = Literal["stop", "look", "note"]  # set this right first; look before you train; good to know
-ODD_BITS = 3  # a document this much less likely than most, a token, speaks another language
 SEVERITY: dict[Level, int] = {"stop": 0, "look": 1, "note": 2}
 
 # Reasons for which a record could not be read at all; the others are judgements of the cleaning rules.
@@ -25,9 +24,10 @@ class Finding:
 
 
 def verdict(report: dict[str, Any]) -> dict[str, Any]:
-    """{"level", "headline", "findings": [{"level", "what", "do"}…]}, the worst first."""
-    findings = sorted((f for rule in RULES for f in rule(report)), key=lambda f: (SEVERITY[f.level], -f.share, f.what))
-    levels = [f.level for f in findings]
+    """{"level", "headline", "findings": [{"level", "what", "do", "section"}…]}, the worst first."""
+    found = [(f, section) for rule, section in RULES.items() for f in rule(report)]
+    found.sort(key=lambda pair: (SEVERITY[pair[0].level], -pair[0].share, pair[0].what))
+    levels = [f.level for f, _ in found]
     serious = len(levels) - levels.count("note")
     if "stop" in levels:
         level, headline = "stop", "Do not train on this yet"
@@ -35,7 +35,7 @@ def verdict(report: dict[str, Any]) -> dict[str, Any]:
         level, headline = "look", f"Look at {'one thing' if serious == 1 else f'{serious} things'} before you train"
     else:
         level, headline = "good", "Nothing suspicious found"
-    listed = [{k: v for k, v in asdict(f).items() if k != "share"} for f in findings]
+    listed = [{"level": f.level, "what": f.what, "do": f.do, "section": section} for f, section in found]
     return {"level": level, "headline": headline, "findings": listed}
 
 
@@ -173,12 +173,14 @@ def vocabulary(report: dict[str, Any]) -> Iterator[Finding]:
 
 def surprise(report: dict[str, Any]) -> Iterator[Finding]:
     """A second population of documents, far from the others."""
-    bins, usual = report["surprise"]["documents_by_quarter_bit"], report["surprise"]["bits_per_token"]
-    odd = sum(n for i, n in enumerate(bins) if i / 4 >= usual + ODD_BITS)
+    bins = report["surprise"]["documents_by_quarter_bit"]
+    odd = sum(bins[round(4 * report["surprise"]["odd_from_bits"]) :])
     share = share_of(odd, sum(bins))
     if share > 0.005:
         yield Finding("look", f"{percent(share)} of the documents are made of tokens that are rare elsewhere",
                       "Another language, code or garbage: see the least likely documents below", share)  # fmt: skip
 
 
-RULES = (undecodable, drops, duplicates, too_little, short_documents, sources, vocabulary, surprise)
+# each with the section of the page that tells more
+RULES = {undecodable: "flow", drops: "flow", duplicates: "flow", too_little: "shape", short_documents: "shape",
+         sources: "sources", vocabulary: "tokens", surprise: "documents"}  # fmt: skip
