@@ -14,9 +14,8 @@ KIND_OF_RULE = {"urls": "url", "emails": "email", "ips": "ip", "cards": "card", 
 
 # ASCII and Latin letters: in Chinese no blank ends a link. Brackets only in pairs, as in [text](https://a.org/b_(c)).
 _URL_CHAR = r"[^\s<>\"`()\[\]{}|\\^\u0250-\U0010ffff]"
-_URL = re.compile(
-    rf"\b(?:(?:https?|ftp)://|www\.(?=[\w-]+\.))(?:{_URL_CHAR}|\({_URL_CHAR}*\)|\\_)+(?<![.,;:!?'*_])", re.IGNORECASE
-)
+# case is ignored in the beginning alone: to it "k" equals U+212A, the kelvin sign, so a link ended before each "k"
+_URL = re.compile(rf"\b(?i:(?:https?|ftp)://|www\.(?=[\w-]+\.))(?:{_URL_CHAR}|\({_URL_CHAR}*\)|\\_)+(?<![.,;:!?'*_])")
 # the local part is bounded, and begins at its own beginning: a megabyte of letters is read once
 _EMAIL = re.compile(r"(?<![\w.%+-])(?!git@)[\w.%+-]{1,64}@(?:[\w-]{1,63}\.){1,8}[A-Za-z]{2,24}\b")
 _IPV4 = re.compile(r"(?<![\w.\-/])(?<!ersion )(?:\d{1,3}\.){3}\d{1,3}(?![\w-]|\.\w)")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prep import clean, tokenize_bpe
+from prep import clean, private, tokenize_bpe
 from prep.clean import DROP_RULES, RULES, SETS, TEXT_RULES, Cleaner, choose_rules, tally
 from prep.look import Look
 from tests.helpers import command, error_of, prepare
@@ -201,3 +201,10 @@ def test_language():
     german = conversation("Wo ist bitte die nächste Bäckerei?", "Zwei Straßen weiter, auf der linken Seite.")
     assert cleaner.clean(english)[0] == english
     assert cleaner.clean(german)[0] == "language"
+
+
+def test_a_link_is_replaced_to_its_end():
+    """Whatever letters it has: a regular expression that ignores case takes a k for the kelvin sign."""
+    for scheme in ("http://", "HTTPS://", "ftp://", "www.", "WWW."):
+        link = scheme + "abcdefghijklmnopqrstuvwxyz.org/ABCDEFGHIJKLMNOPQRSTUVWXYZ/0123456789-_~%?=&#"
+        assert private.urls(f"See {link}, please") == "See [URL], please"
