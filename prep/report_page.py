@@ -20,6 +20,7 @@ TEMPLATE = Path(__file__).with_name("report_page.html")
 SHOWN_CHARS = 600  # of any one text: a page must stay small whatever the corpus holds
 SHOWN_ITEMS = 20
 NATS = 0.6931  # of a bit
+OTHERS = {"left_out_of_mix": "Left out by --mix"}
 SUSPECTS = 5  # shown at once
 LABELS = 17  # more bars than this leave no room for a label at every doubling
 
@@ -148,7 +149,7 @@ def verdict_section(report: dict[str, Any]) -> str:
         (amount(tokens), f"tokens from a vocabulary of {report['vocabulary']['size']:,}"),
         (f"{per_token:.2f}", "bytes of text per token"),
         (size(stored), f"stored, {share_of(stored, tokens):.2f} bytes per token"),
-        (amount(totals["val"]["tokens"]), f"tokens to validate on"),
+        (amount(totals["val"]["tokens"]), "tokens to validate on"),
     )
     findings = "".join(
         f'<li><span class="tag {f["level"]}">{f["level"]}</span><a href="#{f["section"]}">{shown(f["what"])}</a><span>{shown(f["do"])}</span></li>'
@@ -173,7 +174,7 @@ def flow_section(report: dict[str, Any]) -> str:
     )
     documents = sum(s["documents"] for s in report["sources"])
     steps = [(named(name).capitalize(), n) for n, name in dropped]
-    steps += [(word, counts.get(name, 0)) for name, word in DUPLICATES.items()]
+    steps += [(word, counts.get(name, 0)) for name, word in (DUPLICATES | OTHERS).items()]
     left, rows = counts["documents"], []
     rows.append(flow_row("Read", left, 0, left, left))
     for label, n in steps:
@@ -200,7 +201,11 @@ def flow_row(label: str, n: int, begin: int, width: int, whole: int, *, gone: bo
 
 def drop_details(report: dict[str, Any], dropped: list[tuple[int, str]]) -> str:
     """What each rule dropped, with examples to judge it by."""
-    parts = []
+    parts, first = [], report["first_unusable"]
+    if first:
+        parts.append(
+            f'<details open><summary>The first record that is no document</summary><div class="example">{shown(first)}</div></details>'
+        )
     for n, name in dropped:
         reason = name.removeprefix("dropped_")
         examples = "".join(

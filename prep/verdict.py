@@ -10,7 +10,7 @@ SEVERITY: dict[Level, int] = {"stop": 0, "look": 1, "note": 2}
 # Reasons for which a record could not be read at all; the others are judgements of the cleaning rules.
 LATE = "dropped_only_duplicate_exchanges"  # found when duplicates are, not by a cleaning rule
 DUPLICATES = {"duplicates": "Duplicates", "near_duplicates": "Near-duplicates", LATE: "Nothing new said"}
-UNREADABLE = ("broken_json", "bad_message", "unknown_role", "no_text_field")
+UNREADABLE = ("broken_json", "broken_row", "bad_message", "unknown_role", "no_text_field")
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,9 @@ def undecodable(report: dict[str, Any]) -> Iterator[Finding]:
     n, share = counts.get("invalid_utf8", 0), share_of(counts.get("invalid_utf8", 0), counts["bytes"])
     if n:
         level = "stop" if share > 1e-3 else "look" if share > 1e-5 else "note"
-        yield Finding(level, f"{n:,} byte sequences are not UTF-8 and became U+FFFD, one in {1 / share:,.0f} bytes",
-                      "Find the file's real encoding and convert it, for example iconv -f WINDOWS-1252 -t UTF-8; "
-                      "a handful in a large corpus does no harm", 1000 * share)  # fmt: skip
+        yield Finding(level, f"{n:,} byte sequences are not UTF-8, one in {1 / share:,.0f} bytes",
+                      "Lone bytes were read as Windows-1252, the rest is lost. If a whole file is in another encoding, "
+                      "convert it: iconv -f WINDOWS-1252 -t UTF-8", 1000 * share)  # fmt: skip
 
 
 def drops(report: dict[str, Any]) -> Iterator[Finding]:
@@ -101,7 +101,7 @@ def duplicates(report: dict[str, Any]) -> Iterator[Finding]:
 
 
 def too_little(report: dict[str, Any]) -> Iterator[Finding]:
-    """Few tokens, a small validation split, one document that is most of it."""
+    """Few tokens, a small validation split, one document that is most of it, documents that were cut."""
     train, val = report["totals"]["train"], report["totals"]["val"]
     if train["tokens"] < 1_000_000:
         yield Finding("look", f"Only {train['tokens']:,} tokens to train on",
@@ -115,6 +115,10 @@ def too_little(report: dict[str, Any]) -> Iterator[Finding]:
     if longest > 0.1 * tokens and train["documents"] > 20:
         yield Finding("look", f"One document alone holds {percent(longest / tokens)} of all tokens",
                       "Check that documents are separated as --input expects: chats by an empty line", 0.3)  # fmt: skip
+    cut = report["counts"].get("cut", 0)
+    if cut:
+        yield Finding("look", f"Records that are too long to be held were cut, {cut:,} times",
+                      "A whole file was taken for one record: check that --input is the format it seems", 0.2)  # fmt: skip
 
 
 def short_documents(report: dict[str, Any]) -> Iterator[Finding]:

@@ -169,6 +169,7 @@ def test_hostile_text_stays_text(hostile):
     )
     assert not [c for c in "\x00\x1b\u202e\u2028\u2066\ufeff\u200b" if c in text]
     assert "U+202E" in page.text
+    assert "alert(2)" in page.text  # the first broken record
     assert len(text) < 200_000  # with a word of a megabyte in the corpus
     policy = next(a["content"] for tag, a in page.tags if a.get("http-equiv") == "Content-Security-Policy")
     assert "default-src 'none'" in policy
@@ -265,6 +266,7 @@ def test_a_good_corpus_is_called_good():
         ({"totals__train__tokens": 10**5}, "look", "Only 100,000 tokens"),
         ({"totals__val": {"tokens": 0, "documents": 0}}, "look", "No document validates"),
         ({"totals__val": {"tokens": 900, "documents": 3}}, "look", "validation split is tiny: 3 documents"),
+        ({"counts__cut": 2}, "look", "were cut, 2 times"),
         ({"lengths__document_tokens__longest": 5 * 10**7}, "look", "One document alone holds 50 %"),
         ({"lengths__document_tokens__median": 12}, "look", "half of them have 12 tokens"),
         ({"lengths__conversation_turns__bins": [[1, 1, 5], [2, 2, 5]]}, "look", "50 % of the conversations have a single turn"),
