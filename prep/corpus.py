@@ -15,6 +15,7 @@ from prep import tables
 from prep.compression import Compression, Unpacked, compression_of
 from prep.formats import BOUNDARY, KNOWN_FIELDS, Fields, Kind, decode, kind_of, known_fields
 from store import fs
+from store.errors import StoreError
 
 TASK_BYTES = 8 << 20  # two of these in work fit any memory; smaller ones only multiply files (12 GB: 1,500 tasks)
 SNIFF_BYTES = 256 << 10
@@ -118,10 +119,16 @@ def _suffix(url: str) -> str:
 
 
 def _inspect(url: str, size: int, group: int, fields: Fields) -> Source:
-    with Unpacked(url, None) as f:
-        head = f.read(SNIFF_BYTES)
-        f.seek(max(size - SNIFF_BYTES, 0))
-        digest = xxhash.xxh3_64_hexdigest(head + f.read(SNIFF_BYTES))
+    try:
+        with Unpacked(url, None) as f:
+            head = f.read(SNIFF_BYTES)
+            f.seek(max(size - SNIFF_BYTES, 0))
+            digest = xxhash.xxh3_64_hexdigest(head + f.read(SNIFF_BYTES))
+    except StoreError as e:
+        if "range requests" not in str(e):  # fsspec's words
+            raise
+        raise UserError(f"{fs.redact(url)}: this server sends whole files only: download it first, or pipe it: "
+                        "curl … | python prep/tokenize_bpe.py --input - --output …") from e  # fmt: skip
     compression = compression_of(head)
     if compression:
         with Unpacked(url, compression) as f:

@@ -45,6 +45,7 @@ from prep import (
     report,
     report_page,
     shares,
+    spool,
     stages,
     timing,
     vocabulary,
@@ -150,14 +151,17 @@ def prepare(argv: list[str] | None) -> int:
     rules = cleaning_settings(settings)
     mix = mixing.parse(settings.mix)
     inputs = mix.inputs if mix else settings.input
-    sources = corpus.find_sources(inputs, fields_of(settings))
     output = settings.output or default_output(inputs[0])
+    work = work_folder.place(output, settings.work_dir)
+    resume = settings.resume or settings.finish or settings.task_index is not None
+    if spool.STDIN in inputs and work_folder.is_complete(output, resume=resume):
+        print(f"{fs.redact(output)} is complete already; standard input is not read")
+        return 0
+    sources = find_sources(inputs, fields_of(settings), work, output)
     given_tokenizer = load_tokenizer(settings.tokenizer) if settings.tokenizer else None
     trainer = "given" if given_tokenizer else vocabulary.choose_trainer(settings.tokenizer_type, settings.trainer)
     job = describe_job(settings, rules, sources, trainer, given_tokenizer)
     versions = made_with(trainer, rules)
-    work = work_folder.place(output, settings.work_dir)
-    resume = settings.resume or settings.finish or settings.task_index is not None
     if work_folder.already_complete(output, job, resume=resume):
         shutil.rmtree(work, ignore_errors=True)  # a kill between the last write and this can have left it
         print(f"{fs.redact(output)} is complete already; nothing to do")
@@ -294,6 +298,10 @@ def check(settings: Settings) -> None:
         raise UserError("--user-field and --assistant-field belong together: give both")
     if settings.text_field and settings.user_field:
         raise UserError("--text-field names plain text, --user-field and --assistant-field a conversation: choose one")
+    if spool.STDIN in settings.input and not settings.output:
+        raise UserError("--input -: standard input has no name to call the dataset after: give --output")
+    if spool.STDIN in settings.input and settings.num_tasks:
+        raise UserError("--input -: --num-tasks are separate commands, each would need it all: keep it in a file first")
     if settings.vocab_size < bpe.MIN_VOCAB and not settings.tokenizer:
         raise UserError(
             f"--vocab-size {settings.vocab_size}: at least {bpe.MIN_VOCAB} are needed (256 bytes and 5 special)"
@@ -360,6 +368,20 @@ def show_input(sources: list[corpus.Source], tasks: list[corpus.Task], pool: Exe
     kinds = Counter(s.kind for s in sources)
     print(f"input      {len(sources)} file{'s' * (len(sources) != 1)}, {count(sum(t.size for t in tasks))}B "
           f"({', '.join(f'{n} {k}' for k, n in kinds.items())}); {pool.workers} workers", flush=True)  # fmt: skip
+
+
+def find_sources(inputs: tuple[str, ...], fields: Fields, work: Path, output: str) -> list[corpus.Source]:
+    """The files of the inputs; standard input becomes one, in the work folder."""
+    if spool.STDIN not in inputs:
+        return corpus.find_sources(inputs, fields)
+    created = work_folder.is_new(work, output)
+    try:
+        kept = str(spool.standard_input(work))
+        return corpus.find_sources([kept if i == spool.STDIN else i for i in inputs], fields)
+    except USER_ERRORS:
+        if created:
+            work_folder.remove(work, output)
+        raise
 
 
 def cleaning_settings(settings: Settings) -> cleaning.Settings:

@@ -22,14 +22,20 @@ def place(output: str, asked: str) -> Path:
     return default_cache() / "prep" / hashlib.sha256(output.encode()).hexdigest()[:16]
 
 
+def is_complete(output: str, *, resume: bool) -> bool:
+    """True when the output is a finished dataset, of whatever job. Raises UserError for one that is not asked for."""
+    complete = fs.exists(fs.join(output, "metadata.json"))
+    if complete and not resume:
+        raise UserError(f"{fs.redact(output)}: exists already and is complete: give another --output, or delete it")
+    return complete
+
+
 def already_complete(output: str, job: dict[str, Any], *, resume: bool) -> bool:
     """True when the output is the finished dataset of this very job. Raises UserError when it is anything else."""
-    if not fs.exists(fs.join(output, "metadata.json")):
-        return False
-    if not resume:
-        raise UserError(f"{fs.redact(output)}: exists already and is complete: give another --output, or delete it")
-    same_job(TokenShards(output).metadata.get("job", {}), job, output)
-    return True
+    complete = is_complete(output, resume=resume)
+    if complete:
+        same_job(TokenShards(output).metadata.get("job", {}), job, output)
+    return complete
 
 
 def same_job(old: dict[str, Any], new: dict[str, Any], where: str) -> None:
@@ -44,6 +50,16 @@ def same_job(old: dict[str, Any], new: dict[str, Any], where: str) -> None:
                         "give another --output, or delete it")  # fmt: skip
 
 
+def is_new(work: Path, output: str) -> bool:
+    """True where no run has begun. Raises UserError when the output holds what is no run's."""
+    if (work / JOB).exists():
+        return False
+    others = [e.name for e in fs.list_folder(output) if e.name != ".prep"]
+    if others:
+        raise UserError(f"{fs.redact(output)}: exists and holds something else ({others[0]}): give another --output")
+    return True
+
+
 def enter(
     work: Path, output: str, job: dict[str, Any], versions: dict[str, str], *, resume: bool, share: int | None
 ) -> bool:
@@ -52,10 +68,7 @@ def enter(
     A `share` of the work may be done beside other shares, anything else alone. Raises UserError when the folder belongs
     to another job or was begun with other versions: half of the bytes would be the one's, half the other's.
     """
-    created = not (work / JOB).exists()
-    others = [e.name for e in fs.list_folder(output) if e.name != ".prep"] if created else []
-    if others:
-        raise UserError(f"{fs.redact(output)}: exists and holds something else ({others[0]}): give another --output")
+    created = is_new(work, output)
     lock.hold(work / LOCK, shared=share is not None)
     if share is not None:
         lock.hold(work / f"{LOCK}-{share}")

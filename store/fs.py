@@ -14,7 +14,8 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+import stat
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -195,23 +196,75 @@ def list_folder(url: str) -> list[Entry]:
 
 
 def find_files(url: str) -> list[tuple[str, int]]:
-    """(URL, bytes) of every file a path, folder (recursive, hidden names skipped) or glob names, sorted by name."""
+    """(URL, bytes) of every file a path, folder (recursive, hidden names skipped) or glob names, sorted by name.
 
-    def work() -> list[tuple[str, int]]:
-        fs, path = _filesystem(url)
-        if any(c in url for c in "*?[") and not fs.exists(path):
-            found = fs.glob(path, detail=True)
-        elif fs.isdir(path):
-            found = fs.find(path, detail=True)
-            skip = len(path.rstrip("/")) + 1
-            found = {n: i for n, i in found.items() if not any(p.startswith(".") for p in n[skip:].split("/"))}
-        else:
-            found = {path: fs.info(path)}
-        prefix = "" if is_local(url) else url.split("://")[0] + "://"
-        names = {n if "://" in n else prefix + n: i for n, i in found.items() if i["type"] == "file"}
-        return sorted((n, int(i["size"] or 0)) for n, i in names.items())
+    Links are followed, each folder is entered once. Raises StoreError for a part that cannot be listed.
+    """
+    return attempt(url, "read", lambda: sorted(_find_local(url) if is_local(url) else _find_remote(url)))
 
-    return attempt(url, "read", work)
+
+def _find_remote(url: str) -> Iterator[tuple[str, int]]:
+    fs, path = _filesystem(url)
+    if _has_magic(url) and not fs.exists(path):
+        found = fs.glob(path, detail=True)
+    elif fs.isdir(path):
+        found = fs.find(path, detail=True)
+        skip = len(path.rstrip("/")) + 1
+        found = {n: i for n, i in found.items() if not any(p.startswith(".") for p in n[skip:].split("/"))}
+    else:
+        found = {path: fs.info(path)}
+    prefix = url.split("://")[0] + "://"
+    for name, info in found.items():
+        if info["type"] == "file":
+            n_bytes = info["size"] if info["size"] is not None else fs.info(name)["size"]  # a web server's listing
+            if n_bytes is None:
+                raise StoreError(f"{redact(name)}: the server does not tell its size: download it first")
+            yield name if "://" in name else prefix + name, int(n_bytes)
+
+
+def _find_local(url: str) -> Iterator[tuple[str, int]]:
+    path = os.path.abspath(local_path(url))
+    if _has_magic(path) and not os.path.exists(path):
+        names = path.split("/")
+        fixed = next(i for i, name in enumerate(names) if _has_magic(name))
+        depth = None if "**" in path else len(names) - fixed
+        wanted = re.compile(fsspec.utils.glob_translate(path)).match
+        yield from _walk("/".join(names[:fixed]) or "/", depth, wanted, hidden="/." in path, seen=set())
+    elif os.path.isdir(path):
+        yield from _walk(path, None, bool, hidden=False, seen=set())
+    else:
+        info = os.stat(path)
+        if not stat.S_ISREG(info.st_mode):
+            raise StoreError(f"{url}: is a pipe or a device, no file")
+        yield path, info.st_size
+
+
+def _walk(
+    folder: str, depth: int | None, wanted: Callable[[str], object], *, hidden: bool, seen: set[tuple[int, int]]
+) -> Iterator[tuple[str, int]]:
+    """The files below a folder, to a depth. Unlike fsspec's it follows links, and names what it may not list."""
+    place = os.stat(folder)
+    if depth == 0 or (place.st_dev, place.st_ino) in seen:
+        return
+    seen.add((place.st_dev, place.st_ino))  # a link can lead back to a folder above
+    try:
+        entries = sorted(os.scandir(folder), key=lambda e: e.name)
+    except PermissionError as e:
+        raise StoreError(f"{folder}: cannot list: {e.strerror}: change its permissions, or leave it out") from e
+    for entry in entries:
+        if entry.name.startswith(".") and not hidden:
+            continue
+        if entry.is_dir():
+            yield from _walk(entry.path, depth and depth - 1, wanted, hidden=hidden, seen=seen)
+        elif wanted(entry.path):
+            if not os.path.exists(entry.path):
+                raise StoreError(f"{entry.path}: a link to something that is not there: mend or remove it")
+            if stat.S_ISREG((info := entry.stat()).st_mode):
+                yield entry.path, info.st_size
+
+
+def _has_magic(url: str) -> bool:
+    return any(c in url for c in "*?[")
 
 
 def sha256_file(path: Path) -> str:

@@ -102,6 +102,41 @@ def test_globs(base):
         fs.find_files(fs.join(base, "missing.txt"))
 
 
+def test_links_are_followed_once_and_what_is_no_file_is_told(tmp_path):
+    """A folder may hold links to files, to folders elsewhere, and back to itself; pipes in it are passed over."""
+    inside, outside = tmp_path / "in", tmp_path / "out"
+    for folder in (inside / "sub", inside / "with", outside):
+        folder.mkdir(parents=True)
+    (inside / "sub" / "a.txt").write_bytes(b"abc")
+    (inside / "link.txt").symlink_to("sub/a.txt")
+    (inside / "sub" / "loop").symlink_to("..")
+    (inside / "sub" / "self").symlink_to(".")
+    (outside / "ö b.txt").write_bytes(b"de")
+    (inside / "with" / "far").symlink_to(outside)
+    os.mkfifo(inside / "pipe.txt")
+    found = [("link.txt", 3), ("sub/a.txt", 3), ("with/far/ö b.txt", 2)]
+    expected = [(str(inside / n), size) for n, size in found]
+    assert fs.find_files(str(inside)) == expected
+    assert fs.find_files(str(inside / "**" / "*.txt")) == expected
+    assert fs.find_files(str(inside / "*.txt")) == expected[:1]
+    with pytest.raises(StoreError, match="is a pipe or a device"):
+        fs.find_files(str(inside / "pipe.txt"))
+    (inside / "gone.txt").symlink_to("nothing")
+    for url in (inside, inside / "*.txt"):
+        with pytest.raises(StoreError, match=r"gone\.txt: a link to something that is not there"):
+            fs.find_files(str(url))
+    assert fs.find_files(str(inside / "l*.txt")) == expected[:1]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may list everything")
+def test_a_folder_that_may_not_be_listed_is_told(tmp_path):
+    """Leaving it out in silence would be losing data."""
+    (tmp_path / "in" / "closed").mkdir(parents=True)
+    (tmp_path / "in" / "closed").chmod(0)
+    with pytest.raises(StoreError, match="closed: cannot list: Permission denied"):
+        fs.find_files(str(tmp_path / "in"))
+
+
 def test_damaged_fetch_leaves_nothing(base, tmp_path):
     """An object that is not the recorded one is a DataError, and no file has the final name."""
     fs.put_bytes(fs.join(base, "x"), b"changed")
