@@ -13,8 +13,8 @@ import numpy as np
 from prep.parts import Documents
 from store.hashing import mix
 
-# A changed word costs three shingles of three, five of five: with five, one word in fifty makes 0.82 of a copy, with
-# three 0.89. Two would take texts that merely speak of the same for copies.
+# A changed word costs three shingles of three, five of five: with five, one word in fifty leaves 0.81 of a copy, with
+# three 0.88. Two would take texts that merely speak of the same for copies.
 SHINGLE_WORDS = 3
 PERMUTATIONS = 128  # at most; those of whole bands are used
 RECALL = 0.99  # of pairs that are exactly as alike as the threshold; 0.9999 of those a little above it

@@ -39,40 +39,55 @@ def find(cleaned: list[Path], keep: list[np.ndarray], threshold: float, work: Pa
 def _find_kept(cleaned: list[Path], keep: list[np.ndarray], threshold: float, pool: Executor) -> np.ndarray:
     """`find` among the documents that take part."""
     n = sum(int(k.sum()) for k in keep)
-    with Meter("near-dup", n, " documents signed") as meter:
+    with Meter("signatures", n, " documents") as meter:
         jobs = ((path, kept, threshold) for path, kept in zip(cleaned, keep, strict=True))
         for marker in pool.run(bands_task, jobs):
             meter.add(marker["documents"])
     bands = range(minhash.band_shape(threshold)[0])
     candidate = np.zeros(n, bool)
-    for band in bands:
-        for place in equal_pairs(_band(cleaned, band)):
-            candidate[place] = True
-    sets = _collect_sets(cleaned, keep, candidate, pool)
-    root = np.arange(n)
-    with Meter("near-dup", len(bands), " bands compared") as meter:
+    with Meter("candidates", len(bands), " bands") as meter:
         for band in bands:
-            a, b = equal_pairs(_band(cleaned, band))
+            key = _band(cleaned, keep, band)
+            order = np.argsort(key)
+            same = key[order[1:]] == key[order[:-1]]
+            candidate[order[1:][same]] = candidate[order[:-1][same]] = True
+            meter.add(1)
+    sets = _collect_sets(cleaned, keep, candidate, pool)
+    root = np.arange(len(sets.count))
+    with Meter("compare", len(bands), " bands") as meter:
+        for band in bands:
+            a, b = equal_pairs(_band(cleaned, keep, band)[candidate])
             apart = root[a] != root[b]
             alike = sets.jaccard(a[apart], b[apart]) >= threshold
             join(root, a[apart][alike], b[apart][alike])
             meter.add(1)
-    return leaders(root, lambda a, b: sets.jaccard(a, b) >= threshold)
+    places = np.flatnonzero(candidate)
+    kept_one = np.arange(n)
+    kept_one[places] = places[leaders(root, lambda a, b: sets.jaccard(a, b) >= threshold)]
+    return kept_one
 
 
 def bands_task(path: Path, keep: np.ndarray, threshold: float) -> dict:
     """One cleaned part -> the band keys of its kept documents."""
-    out = path.with_name(path.name.replace("clean-", "bands-")).with_suffix(".npy")
+    out = _part_file(path, "bands")
     if marker := parts.load_marker(out.with_suffix(".json")):
         return marker
     keys = minhash.band_keys(parts.load_documents(path).select(keep), threshold)
     return parts.save_marker(out.with_suffix(".json"), {"documents": keys.shape[1]}, [parts.save_array(out, keys)])
 
 
-def _band(cleaned: list[Path], band: int) -> np.ndarray:
+def _band(cleaned: list[Path], keep: list[np.ndarray], band: int) -> np.ndarray:
     """(kept documents,) uint32: one band's keys."""
-    paths = (p.with_name(p.name.replace("clean-", "bands-")).with_suffix(".npy") for p in cleaned)
-    return np.concatenate([np.load(p, mmap_mode="r", allow_pickle=False)[band] for p in paths])
+    counts = [int(k.sum()) for k in keep]
+    keys = np.empty(sum(counts), np.uint32)
+    for path, n, mine in zip(cleaned, counts, np.split(keys, np.cumsum(counts)[:-1]), strict=True):
+        if n:
+            parts.read_slice(_part_file(path, "bands"), band * n, mine)
+    return keys
+
+
+def _part_file(path: Path, name: str) -> Path:
+    return path.with_name(path.name.replace("clean-", f"{name}-")).with_suffix(".npy")
 
 
 def equal_pairs(key: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -87,11 +102,10 @@ def equal_pairs(key: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Sets:
-    """The shingles of candidate documents, in files that tasks have made."""
+    """The shingles of the candidate documents, in files that tasks have made."""
 
-    def __init__(self, paths: list[Path], counts: list[np.ndarray], candidate: np.ndarray) -> None:
+    def __init__(self, paths: list[Path], counts: list[np.ndarray]) -> None:
         self.paths = paths
-        self.number = np.cumsum(candidate) - 1  # of a candidate, from its place
         self.part = np.repeat(np.arange(len(paths)), [len(c) for c in counts])
         self.start = np.concatenate([np.cumsum(c) - c for c in counts])  # in the part's file
         self.count = np.concatenate(counts)
@@ -102,10 +116,9 @@ class Sets:
         return out
 
     def jaccard(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """(pairs,) float: how alike the documents at the places a[i] and b[i] are."""
+        """(pairs,) float: how alike the candidates a[i] and b[i] are."""
         if not len(a):
             return np.zeros(0)
-        a, b = self.number[a], self.number[b]
         block = np.cumsum(self.count[a] + self.count[b]) // BLOCK_SHINGLES
         found = []
         for mine in np.split(np.arange(len(a)), np.flatnonzero(np.diff(block)) + 1):
@@ -121,21 +134,17 @@ def _collect_sets(cleaned: list[Path], keep: list[np.ndarray], candidate: np.nda
     for kept, mine in zip(keep, np.split(candidate, cuts), strict=True):
         wanted.append(np.zeros(len(kept), bool))
         wanted[-1][np.flatnonzero(kept)[mine]] = True
-    with Meter("near-dup", int(candidate.sum()), " candidates read") as meter:
+    with Meter("shingles", int(candidate.sum()), " documents") as meter:
         counts = []
         for marker in pool.run(shingles_task, zip(cleaned, wanted, strict=True)):
             counts.append(np.array(marker["counts"], np.int64))
             meter.add(len(counts[-1]))
-    return Sets([_shingles_path(p) for p in cleaned], counts, candidate)
-
-
-def _shingles_path(path: Path) -> Path:
-    return path.with_name(path.name.replace("clean-", "shingles-")).with_suffix(".npy")
+    return Sets([_part_file(p, "shingles") for p in cleaned], counts)
 
 
 def shingles_task(path: Path, wanted: np.ndarray) -> dict:
     """One cleaned part -> the different shingles of its candidate documents, and how many each has."""
-    out = _shingles_path(path)
+    out = _part_file(path, "shingles")
     if marker := parts.load_marker(out.with_suffix(".json")):
         return marker
     if not wanted.any():
