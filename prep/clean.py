@@ -200,7 +200,7 @@ def _excerpt(before: str, after: str) -> list[str]:
     pairs = enumerate(zip(before, after, strict=False))
     start = next((i for i, (a, b) in pairs if a != b), min(len(before), len(after)))
     window = slice(max(start - EXCERPT_CHARS, 0), start + EXCERPT_CHARS)
-    return [before[window], after[window]]
+    return [private.mask(before[window]), private.mask(after[window])]
 
 
 def describe_rules() -> str:

@@ -87,13 +87,14 @@ def _blocklist(phrases: tuple[str, ...]) -> re.Pattern[str]:
 
 _LARGE_BLOCKS = frozenset(range(0x2E, 0xD8))  # Chinese, Japanese, Korean: one script, many pages
 LANGUAGE_CHARS = 1000
+SURE = 0.5  # below it, names and greetings of a few words are taken for any language
 
 
 def other_language(languages: tuple[str, ...], look: Look) -> bool:
-    """Whether the first thousand characters are in a language that was not asked for."""
+    """Whether the first thousand characters are, in all likelihood, in a language that was not asked for."""
     sample = _PLACEHOLDER.sub(" ", look.text[:LANGUAGE_CHARS]).replace("\n", " ").strip()
     found = detector().detect(sample, model="lite", k=1)
-    return bool(found) and found[0]["lang"] not in languages
+    return bool(found) and found[0]["score"] >= SURE and found[0]["lang"] not in languages
 
 
 @functools.cache

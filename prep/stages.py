@@ -15,7 +15,7 @@ import numpy as np
 from cli.progress import Meter
 from gpt.tokenizer import Tokenizer
 from prep import clean as cleaning
-from prep import corpus, dedup, encode, exchanges, figures, merge, mixing, neardup, parts, reading
+from prep import corpus, dedup, encode, exchanges, figures, merge, mixing, neardup, parts, private, reading
 from prep.formats import Document, Fields, Unusable
 from prep.pool import Executor, in_threads
 from store import fs
@@ -101,7 +101,7 @@ def clean_task(task: corpus.Task, work: Path, rules: cleaning.Settings, fields: 
     def drop(reason: str, text: str) -> None:
         counts[f"dropped_{reason}"] += 1
         if len(examples.setdefault(reason, [])) < cleaning.EXAMPLES:
-            examples[reason].append(text[:200])
+            examples[reason].append(private.mask(text[:200]))
 
     for number, batch in ((n, b) for n, p in enumerate(task.pieces) for b in reading.read(p, fields, strict=strict)):
         for record in batch.documents:
