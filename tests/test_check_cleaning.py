@@ -15,7 +15,7 @@ PLAIN = f"User: {SAID}\nAssistant: {ANSWER}"
 DIRTY = {
     "clean": PLAIN,
     "moji_cp1252": PLAIN.replace("é", "Ã©"),
-    "email": PLAIN.replace("old", "jane.doe@mail.example.co.uk"),
+    "email": PLAIN.replace("old", "old jane.doe@mail.example.co.uk"),
     "html": PLAIN.replace("é", "&eacute;"),
     "ctrl": PLAIN.replace("old", "o\x07ld"),
     "code": PLAIN.replace("old", "```if a <b> c  &amp; d```"),
