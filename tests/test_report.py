@@ -184,12 +184,15 @@ def test_the_page_loads_nothing_from_anywhere(hostile):
 
 def test_shown_text_is_escaped_cut_and_spelled_out():
     assert report_page.shown("<b>&\"'") == "&lt;b&gt;&amp;&quot;&#x27;"
-    assert report_page.shown("a\u202eb", plain=True) == "aU+202Eb"
-    assert report_page.shown("\ud800") == '<span class="odd">U+D800</span>'
-    assert report_page.shown("x" * 50, 10) == "x" * 10 + " …"
-    assert (
-        report_page.shown("family: \U0001f468\u200d\U0001f469, naïve, עברית")
-        == "family: \U0001f468\u200d\U0001f469, naïve, עברית"
+    assert report_page.shown("a\u202eb") == 'a<span class="odd">U+202E</span>b'
+    assert report_page.shown("\ud800\x00\x01") == "".join(
+        f'<span class="odd">U+{code}</span>' for code in ("D800", "0000", "0001")
+    )
+    assert report_page.cut("x" * 50, 10) == "x" * 10 + " …"
+    plain = "family: \U0001f468\u200d\U0001f469, naïve, עברית\n\tcode"
+    assert report_page.shown(plain) == plain
+    assert report_page.token("  a\n<") == (
+        '<code><bdi><span class="blank">··</span>a<span class="blank">⏎</span>&lt;</bdi></code>'
     )
 
 
