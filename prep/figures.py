@@ -96,13 +96,14 @@ def _first_turns(documents: Documents) -> np.ndarray:
 def _documents_holding(ids: np.ndarray, lengths: np.ndarray, vocab_size: int) -> np.ndarray:
     """(vocab_size,) int64: in how many documents each id occurs."""
     holding = np.zeros(vocab_size, np.int64)
-    step = max(BITMAP_BYTES // vocab_size, 1)
+    step = min(max(BITMAP_BYTES // vocab_size, 1), 255)  # documents whose sum fits a byte
     ends = np.append(0, np.cumsum(lengths))
     for first in range(0, len(lengths), step):
         here = lengths[first : first + step]
-        seen = np.zeros((len(here), vocab_size), bool)
-        seen[np.repeat(np.arange(len(here)), here), ids[ends[first] : ends[first + len(here)]]] = True
-        holding += seen.sum(0)
+        seen = np.zeros(len(here) * vocab_size, np.uint8)
+        rows = np.repeat(np.arange(len(here)) * vocab_size, here)
+        seen[rows + ids[ends[first] : ends[first + len(here)]]] = 1
+        holding += seen.reshape(len(here), vocab_size).sum(0, dtype=np.uint8)
     return holding
 
 
