@@ -9,6 +9,8 @@ from pathlib import Path
 if __name__ == "__main__":  # Python put this file's folder first in sys.path: the project's root belongs there
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+import contextlib
+import json
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,6 +22,7 @@ from cli.flags import flag
 from cli.progress import Meter, count
 from gpt.tokenizer import Tokenizer
 from store import fs
+from store.errors import NotFound
 from store.shards import Shard, TokenShards
 
 LOOK_TOKENS = 1 << 20
@@ -70,6 +73,12 @@ def show_figures(data: TokenShards, tokenizer: Tokenizer) -> None:
     counts = data.metadata.get("counts", {})
     if counts:
         print("prepared   " + ", ".join(f"{name} {n:,}" for name, n in counts.items()))
+    with contextlib.suppress(NotFound):  # a dataset may come from elsewhere
+        verdict = json.loads(fs.read_bytes(fs.join(data.url, "report.json")))["verdict"]
+        print(f"report     {verdict['headline']} ({fs.redact(fs.join(data.url, 'report.html'))})")
+        for finding in verdict["findings"]:
+            # some name tokens of the corpus, which may be a terminal's control sequences
+            print(f"{finding['level']:<10} {''.join(c if c.isprintable() else '�' for c in finding['what'])}")
 
 
 def show_tokens(

@@ -1,6 +1,7 @@
 """The report shows what is in the data, is equal for equal data, and can be opened whatever the corpus holds."""
 
 import json
+import shutil
 from html.parser import HTMLParser
 
 import numpy as np
@@ -10,6 +11,7 @@ from cli import progress
 from cli.progress import Meter
 from gpt.tokenizer import Tokenizer
 from prep import figures, parts, report, report_page, timing, verdict
+from scripts import inspect_data
 from tests.helpers import prepare
 
 VOCAB = 50
@@ -300,6 +302,17 @@ def test_the_worst_comes_first():
     )
     assert [f["level"] for f in found["findings"]] == ["stop", "look", "note"]
     assert found["headline"] == "Do not train on this yet"
+
+
+def test_inspecting_a_dataset_tells_the_verdict(data, tmp_path, capsys):
+    copy = shutil.copytree(data, tmp_path / "copy")
+    found = json.loads((copy / "report.json").read_text("utf-8"))
+    found["verdict"] = {"level": "look", "headline": "Look", "findings": [{"level": "look", "what": "a \x1b[31m"}]}
+    (copy / "report.json").write_text(json.dumps(found))
+    assert inspect_data.main(["--data", str(copy)]) == 0
+    assert f"report     Look ({copy}/report.html)\nlook       a �[31m\n" in capsys.readouterr().out
+    (copy / "report.json").unlink()
+    assert inspect_data.main(["--data", str(copy)]) == 0
 
 
 # ---- timing ---------------------------------------------------------------------------------------------------------
