@@ -102,10 +102,7 @@ def token_bytes(tokenizer: Tokenizer) -> list[bytes]:
     table = {c: ord(c) for c in letters if ord(c) < 256}
     table |= zip((c for c in letters if c not in table), (b for b in range(256) if chr(b) not in table), strict=True)
     spelled = (tokenizer.reference.id_to_token(i) or "" for i in range(tokenizer.vocab_size))
-    special = tokenizer.special_ids
-    return [
-        bytes(table[c] for c in s) if s not in special and all(c in table for c in s) else s.encode() for s in spelled
-    ]
+    return [bytes(table[c] for c in s) if all(c in table for c in s) else s.encode() for s in spelled]
 
 
 def vocabulary_figures(total: Figures, suspects: np.ndarray, seen: dict, tokenizer: Tokenizer) -> dict[str, Any]:

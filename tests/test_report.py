@@ -63,6 +63,15 @@ def test_the_spread_sample_is_the_first_training_documents():
     assert figures.spread_limit(10) == 2**64 - 1
 
 
+def test_validation_documents_are_not_in_the_spread_sample():
+    rng = np.random.Generator(np.random.PCG64(6))
+    text, turn_ids, encoded = encoded_part([np.full(9, 1)] * 5 + [np.full(9, 2)] * 5, rng)
+    encoded.place[:5] >>= np.uint64(1)  # what validates stands first
+    counted = figures.measure(text, turn_ids, encoded, vocab_size=VOCAB, spread_limit=2**64 - 1)
+    assert counted.spread[:, 1:3].tolist() == [[0, 45], [0, 5]]
+    assert counted.ids[1:3].tolist() == [45, 45]
+
+
 def test_garbage_of_few_documents_is_suspicious_and_ordinary_tokens_are_not():
     """Token 49 is as frequent as others, but sits in 3 % of the documents; 48 in half of them is only a topic."""
     rng = np.random.Generator(np.random.PCG64(4))
@@ -230,6 +239,24 @@ def test_the_figures_agree_with_the_dataset(corpus, data):
     assert sum(found["vocabulary"]["tokens_by_bytes"]) + special == tokens
     spelled = report.token_bytes(Tokenizer((data / "tokenizer.json").read_text("utf-8")))
     assert {bytes([b]) for b in range(256)} <= set(spelled)
+
+
+def test_each_input_has_its_own_figures(corpus, tmp_path):
+    blocks = corpus.read_text("utf-8").split("\n\n")
+    (tmp_path / "a.txt").write_text("\n\n".join(blocks[:150]))
+    (tmp_path / "b").mkdir()
+    for name, some in (("b1.txt", blocks[150:200]), ("b2.txt", blocks[200:250])):
+        (tmp_path / "b" / name).write_text("\n\n".join(some))
+    out = tmp_path / "d"
+    assert prepare("--input", tmp_path / "a.txt", tmp_path / "b", "--output", out, "--vocab-size", 400) == 0
+    found = json.loads((out / "report.json").read_text("utf-8"))
+    first, second = found["sources"]
+    assert [(s["name"], s["files"]) for s in (first, second)] == [("a.txt", 1), ("b1.txt", 2)]
+    assert first["bytes"] == (tmp_path / "a.txt").stat().st_size
+    assert second["bytes"] == sum(f.stat().st_size for f in (tmp_path / "b").iterdir())
+    assert first["read_documents"] + second["read_documents"] == found["counts"]["documents"]
+    assert first["tokens"] + second["tokens"] == sum(t["tokens"] for t in found["totals"].values())
+    assert 1.2 < first["tokens"] / second["tokens"] < 1.8
 
 
 def good_report(**changes):
