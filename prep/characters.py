@@ -22,7 +22,7 @@ _ODD_BLANKS = "\u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u200
 _ODD_BLANK = re.compile(f"[{_ODD_BLANKS}]")
 _LINE_SEPARATORS = re.compile("[\u0085\u2028\u2029]")
 _BLANKS = re.compile(r"(?<=\S)[ \t]+")  # not at the beginning of a line: there they are a poem's or a program's
-_LINE_END = re.compile(r"[ \t]+\n")
+_LINE_END = re.compile(r"(?<![ \t])[ \t]+\n")
 _REPEAT = re.compile(r"([^\s\d])\1{" + str(REPEATS - 1) + ",}")  # digits are amounts
 _WIDE_REPEAT = re.compile(r"([^ ])\1{" + str(REPEATS - 1) + ",}")
 _LOST = re.compile("\ufffd+")

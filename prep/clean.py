@@ -141,6 +141,7 @@ class Cleaner:
         self.text_rules = [(name, *rule) for name, rule in TEXT_RULES.items() if name in rules]
         self.turn_rules = [(name, *rule) for name, rule in TURN_RULES.items() if name in rules]
         self.drop_rules = [(name, rule) for name, rule in DROP_RULES.items() if name in rules]
+        self.drops_long = "too_long" in rules
         if settings.blocklist:
             self.drop_rules.append(("blocklist", lambda look: quality.blocked(settings.blocklist, look)))
         if settings.languages:
@@ -154,6 +155,8 @@ class Cleaner:
             return "empty", []
         roles, texts = zip(*document, strict=True)
         changes: list[Change] = []
+        if self.drops_long and sum(map(len, texts)) > quality.MAX_CHARS:  # before it costs ten times its size
+            return "too_long", changes
         look = Look(roles, texts)
         for name, mend, when in self.text_rules:
             if when(look):

@@ -18,7 +18,10 @@ _NAMES = (
 # attributes need a value: "a<b and c>d" is arithmetic
 _ATTRIBUTE = r"""\s+[\w-]+\s*=\s*(?:"[^"<>]*"|'[^'<>]*'|[^\s"'<>]+)"""
 _TAG = re.compile(rf"</?(?:{_NAMES})(?:{_ATTRIBUTE}|\s+nowrap){{0,20}}\s*/?>|<!doctype[^<>]*>", re.IGNORECASE)
-_HIDDEN = re.compile(r"<(script|style)\b[^<>]*>.*?</\1\s*>|<!--.*?-->", re.IGNORECASE | re.DOTALL)
+_HIDDEN = tuple(
+    (re.compile(begin, re.IGNORECASE), re.compile(end, re.IGNORECASE))
+    for begin, end in ((r"<script\b[^<>]*>", r"</script\s*>"), (r"<style\b[^<>]*>", r"</style\s*>"), ("<!--", "-->"))
+)
 _BREAK = re.compile(r"<(?:br|hr|/p|/div|/li|/tr|/h[1-6])\s*/?>", re.IGNORECASE)
 # who speaks of these means the tags themselves
 _ABOUT_MARKUP = re.compile(r"\bhtml|\bcss\b|\bxml\b|\bjsx\b|<script|<\?|<!doctype|\);|=>|\{", re.IGNORECASE)
@@ -56,7 +59,20 @@ def _character(entity: re.Match[str]) -> str:
 @outside_code
 def tags(text: str) -> str:
     """Common HTML tags -> nothing or a line break, scripts and styles with their content; a lone < stays."""
-    return _TAG.sub("", _BREAK.sub("\n", _HIDDEN.sub("", text))) if "<" in text else text
+    if "<" not in text:
+        return text
+    for begin, end in _HIDDEN:
+        text = _without(text, begin, end)
+    return _TAG.sub("", _BREAK.sub("\n", text))
+
+
+def _without(text: str, begin: re.Pattern[str], end: re.Pattern[str]) -> str:
+    """The text without what stands from each `begin` to its `end`; as one expression it would take quadratic time."""
+    pieces, at = [], 0
+    while (opened := begin.search(text, at)) and (closed := end.search(text, opened.end())):
+        pieces.append(text[at : opened.start()])
+        at = closed.end()
+    return "".join((*pieces, text[at:]))
 
 
 def has_tags(look: Look) -> bool:

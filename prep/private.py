@@ -15,11 +15,13 @@ KIND_OF_RULE = {"urls": "url", "emails": "email", "ips": "ip", "cards": "card", 
 # ASCII and Latin letters: in Chinese no blank ends a link. Brackets only in pairs, as in [text](https://a.org/b_(c)).
 _URL_CHAR = r"[^\s<>\"`()\[\]{}|\\^\u0250-\U0010ffff]"
 # case is ignored in the beginning alone: to it "k" equals U+212A, the kelvin sign, so a link ended before each "k"
-_URL = re.compile(rf"\b(?i:(?:https?|ftp)://|www\.(?=[\w-]+\.))(?:{_URL_CHAR}|\({_URL_CHAR}*\)|\\_)+(?<![.,;:!?'*_])")
+_URL = re.compile(
+    rf"(?<![A-Za-z0-9])(?i:(?:https?|ftp)://|www\.(?=[\w-]+\.))(?:{_URL_CHAR}|\({_URL_CHAR}*\)|\\_)+(?<![.,;:!?'*_])"
+)
 # the local part is bounded, and begins at its own beginning: a megabyte of letters is read once
 _EMAIL = re.compile(r"(?<![\w.%+-])(?!git@)[\w.%+-]{1,64}@(?:[\w-]{1,63}\.){1,8}[A-Za-z]{2,24}\b")
 _IPV4 = re.compile(r"(?<![\w.\-/])(?<!ersion )(?:\d{1,3}\.){3}\d{1,3}(?![\w-]|\.\w)")
-_IPV6 = re.compile(r"(?<![\w:.])(?:[0-9A-Fa-f]{1,4}:|:(?=:)){2,7}(?::?[0-9A-Fa-f]{1,4})?(?![\w:])")
+_IPV6 = re.compile(r"(?<![\w:.])[0-9A-Fa-f]{0,4}:[0-9A-Fa-f:]{2,34}(?![\w:])")
 _CARD = re.compile(
     r"(?<![\w.,$\-])(?:\d{4}([ -])\d{4}\1\d{4}\1\d{4}|\d{4}([ -])\d{6}\2\d{5}|\d{13,19})(?![\w-]|[.,]\d)"
 )

@@ -8,7 +8,7 @@ from cli.errors import UserError
 from prep.look import Look
 
 MIN_BYTES = 5  # "ok", "1." and the like; "Hi" with "Hello" is a conversation
-MAX_BYTES = 8 << 20  # a dump or a log, not a text; the longest novel has five million characters
+MAX_CHARS = 8 << 20  # a dump or a log, not a text; the longest novel has five million
 MIN_LETTERS = 0.15  # a quiz about dates has a fifth, a sudoku a tenth
 MAX_LOST = 0.03
 REPEATED = 0.7  # share of words in five-word phrases that came before
@@ -23,8 +23,8 @@ def too_short(look: Look) -> bool:
 
 
 def too_long(look: Look) -> bool:
-    """Over 8 MiB of text: a dump, not a document."""
-    return len(look.raw) > MAX_BYTES
+    """Over 8 million characters: a dump, not a document."""
+    return len(look.text) > MAX_CHARS
 
 
 def few_letters(look: Look) -> bool:

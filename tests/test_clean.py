@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import time
 import unicodedata
 from collections import Counter
 
@@ -192,6 +193,18 @@ def test_without_ftfy_the_rule_is_refused_and_the_rest_works(tmp_path):
         [*run, "--skip-rules", "mojibake"], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["<style>", "<a ", "<!--", " ", "`", "a`", "http://(", "a@", "a.b@c.", "1 ", "+1 (", "::1", "“\ufffd", "&amp", "x", "-\t", "<a b='"]
+)  # fmt: skip
+def test_hostile_text_takes_linear_time(text):
+    """Quadratic time would be hours for one record of a megabyte."""
+    cleaner = Cleaner(clean.Settings(SETS["lenient"]))
+    start_s = time.monotonic()
+    cleaner.clean([(None, "x\n" + text * (300_000 // len(text)) + "x")])
+    assert time.monotonic() - start_s < 5
 
 
 def test_language():
