@@ -9,9 +9,12 @@ from collections.abc import Mapping
 import numpy as np
 from tokenizers import pre_tokenizers
 
+from gpt.tokenizer import SPLIT_PATTERNS
 from prep.bpe import assemble, byte_vocab
 
-PATTERN = r"[\s\S]"  # one character: "." alone would leave out line ends
+# No merge crosses a character, so how text is cut changes no id. Words are what engines remember: fastokens encodes
+# 62 MB/s of them, 14 MB/s of single characters.
+PATTERN = SPLIT_PATTERNS["o200k"]
 
 
 def count_characters(texts: list[str]) -> dict[str, int]:

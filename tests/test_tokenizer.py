@@ -1,14 +1,27 @@
 """Laws 5 and 6: ids equal the reference's, text comes back exactly, and no text can forge a special token."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tokenizers.pre_tokenizers import ByteLevel
 
 from gpt.errors import GPTError
-from gpt.tokenizer import SPECIAL_TOKENS, TextStream, Tokenizer
-from prep import encode
+from gpt.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERNS, TextStream, Tokenizer
+from prep import bpe, encode
 
+# Latin and its neighbours whole, of the rest one in 61, and some that are special somewhere
+CHARACTERS = [
+    *range(0x80, 0x250),
+    0x180E,
+    0x2028,
+    0x3000,
+    0xFEFF,
+    *range(0x250, 0xD800, 61),
+    *range(0xE000, 0x20000, 61),
+]
 TEXT = st.text() | st.text(alphabet=st.sampled_from("aA '’\n\t\r  🙂é\u0301日9.-_<|>"), max_size=60)
 
 
@@ -75,6 +88,32 @@ def test_streaming_shows_the_same_text(tokenizer, text):
     assert text.startswith(shown)
     if not text.endswith("\ufffd"):
         assert shown == text  # a character whose bytes are all there is never held back
+
+
+NEIGHBOURS = "aA1! \n'/"
+
+
+@pytest.mark.parametrize("split", SPLIT_PATTERNS)
+def test_the_fast_engine_cuts_words_where_the_reference_does(split):
+    """A token for every pair of bytes at which a character meets these neighbours: any other cut gives other ids."""
+    pytest.importorskip("fastokens")
+    spell = ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str  # a letter for each byte
+    around = [spell(c)[0][0] for c in NEIGHBOURS]
+    spelt = [spell(chr(c))[0][0] for c in CHARACTERS]
+    first, last = sorted({letters[0] for letters in spelt}), sorted({letters[-1] for letters in spelt})
+    merges = [*product(around, first), *product(last, around), *product(around, around)]
+    vocab = bpe.byte_vocab()
+    vocab |= {a + b: len(vocab) + i for i, (a, b) in enumerate(merges)}
+    tokenizer = Tokenizer(bpe.assemble(vocab, merges, SPLIT_PATTERNS[split]).to_str())
+    contractions = "".join(f"a'{s}" for s in ("{0}", "l{0}", "{0}l", "r{0}", "{0}e", "v{0}", "{0}a"))
+    texts = [
+        "".join(x + chr(c) + y for x, y in product(NEIGHBOURS, NEIGHBOURS)) + contractions.format(chr(c))
+        for c in CHARACTERS
+    ]
+    ids, lengths = encode.Encoder(tokenizer, "fastokens").encode_batch(texts)
+    expected, expected_lengths = tokenizer.encode_batch(texts)
+    assert np.array_equal(lengths, expected_lengths)
+    assert np.array_equal(ids, expected)
 
 
 def test_an_engine_that_differs_is_not_used(tokenizer, monkeypatch):
