@@ -29,7 +29,7 @@ from prep.formats import (
 from store import fs
 from store.errors import StoreError
 
-MAX_RECORD_BYTES = 2 * corpus.TASK_BYTES  # a longer record is cut: nothing of unknown size is ever held in memory
+CUT_BYTES = 8 << 20  # a record of twice this is cut, one of less never: nothing of unknown size is held in memory
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Batch:
     text_bytes: int = 0  # unpacked
     lines: int = 0  # or rows
     invalid_utf8: int = 0  # sequences that were replaced by U+FFFD
-    cut: int = 0  # times that a record longer than MAX_RECORD_BYTES was cut
+    cut: int = 0  # times that a record was cut because of its length
 
 
 def read(piece: Piece, fields: Fields = KNOWN_FIELDS, *, strict: bool = False) -> Iterator[Batch]:
@@ -78,17 +78,17 @@ def _decode(chunk: bytes, source: Source, strict: bool) -> tuple[str, int]:
 
 
 def _chunks_of(piece: Piece, boundary: re.Pattern[bytes]) -> Iterator[tuple[bytes, bool]]:
-    """The piece's records as (whole records, whether the last one was cut) of bounded size."""
+    """The piece as chunks of bounded size: (whole records, whether the first is the rest of one that was cut)."""
     source = piece.source
     with Unpacked(source.url, source.compression) as f:
         if not source.divisible:
-            yield from _whole_records(_chunks(f, piece.limit, boundary), piece.limit, boundary)
+            yield from _whole_records(_chunks(f, 0, piece.limit, boundary, rest=False), piece.limit, boundary)
             return
-        first = _record_start(f, piece.start, source, boundary)
-        last = _record_start(f, piece.stop, source, boundary)
+        first, rest = _record_start(f, piece.start, source, boundary)
+        last, _ = _record_start(f, piece.stop, source, boundary)
         f.seek(first)
         got = 0
-        for chunk, cut in _chunks(f, last - first, boundary):
+        for chunk, cut in _chunks(f, first, last, boundary, rest=rest):
             got += len(chunk)
             yield chunk, cut
         if got < last - first:
@@ -106,56 +106,76 @@ def _whole_records(
         yield (chunk[: _last_end(chunk, boundary) or None] if got == limit else chunk), cut
 
 
-def _record_start(f: Unpacked, at: int, source: Source, boundary: re.Pattern[bytes]) -> int:
-    """The first record start at or after byte `at`: a function of the file and `at` alone, so neighbours agree."""
+# A record may be of any length, and may neither be held nor looked through as a whole. So it is cut at those multiples of
+# CUT_BYTES after which it goes on for as much again: that can be seen from anywhere in the file, so that all ranges
+# agree, and the pieces are shorter than two CUT_BYTES. (As much again but three: cuts go back to where a character begins.)
+
+
+def _record_start(f: Unpacked, at: int, source: Source, boundary: re.Pattern[bytes]) -> tuple[int, bool]:
+    """(the first record start at or after byte `at`; whether a record is cut there).
+
+    It is a function of the file and `at` alone, so that neighbours agree.
+    """
     if at <= 0 or at >= source.size:
-        return min(max(at, 0), source.size)
+        return min(max(at, 0), source.size), False
+    place = -(-at // CUT_BYTES) * CUT_BYTES
     position = max(at - BOUNDARY_BYTES, 0)
     f.seek(position)
     buffer = b""
-    while True:
+    while position + len(buffer) < place + CUT_BYTES - 3:
         more = f.read(1 << 20 if buffer else 1 << 16)
         buffer += more
-        for m in boundary.finditer(buffer):
-            if position + m.end() >= at:
-                return position + m.end()
+        for end in (position + m.end() for m in boundary.finditer(buffer)):
+            if place - 3 <= end < at:
+                place = _next_place(end)
+            if at <= end < place + CUT_BYTES - 3:
+                return end, False
         if not more:
-            return source.size
+            return source.size, False
         position += max(len(buffer) - BOUNDARY_BYTES, 0)
         buffer = buffer[-BOUNDARY_BYTES:]
+    f.seek(place - 3)
+    return place - _inside_character(f.read(4)), True
 
 
-def _chunks(f: Unpacked, n_bytes: int | None, boundary: re.Pattern[bytes]) -> Iterator[tuple[bytes, bool]]:
-    """The next `n_bytes` (None: all), which begin with a record, in chunks of whole records.
-
-    A record longer than MAX_RECORD_BYTES is cut at multiples of that from its own beginning: the same in any range.
-    """
-    left = n_bytes if n_bytes is not None else 1 << 62
-    if left <= MAX_RECORD_BYTES:  # all but a few ranges: nothing in it can be too long
-        if chunk := f.read(left):
-            yield chunk, False
+def _chunks(
+    f: Unpacked, start: int, stop: int | None, boundary: re.Pattern[bytes], *, rest: bool
+) -> Iterator[tuple[bytes, bool]]:
+    """The bytes from `start`, a record or the `rest` of one, to `stop` (None: the end) as `_chunks_of` gives them."""
+    if stop is not None and _next_place(start) + CUT_BYTES - 3 > stop:  # all but a few ranges: there is nothing to cut
+        if chunk := f.read(stop - start):
+            yield chunk, rest
         return
-    buffer = b""
-    while True:
-        more = f.read(min(corpus.TASK_BYTES, left))
+    buffer, left = b"", stop - start if stop is not None else 1 << 62
+    while more := f.read(min(CUT_BYTES, left)):
         left -= len(more)
         buffer += more
-        while len(buffer) > MAX_RECORD_BYTES and not _ends_within(buffer, MAX_RECORD_BYTES, boundary):
-            cut = _character_start(buffer, MAX_RECORD_BYTES)
-            yield buffer[:cut], True
-            buffer = buffer[cut:]
-        if not more:
-            break
+        while cut := _cut(buffer, start, boundary):
+            yield buffer[:cut], rest
+            buffer, start, rest = buffer[cut:], start + cut, True
         if end := _last_end(buffer, boundary):
-            yield buffer[:end], False
-            buffer = buffer[end:]
+            yield buffer[:end], rest
+            buffer, start, rest = buffer[end:], start + end, False
     if buffer:
-        yield buffer, False
+        yield buffer, rest
 
 
-def _ends_within(buffer: bytes, limit: int, boundary: re.Pattern[bytes]) -> bool:
-    m = boundary.search(buffer)
-    return m is not None and m.end() <= limit
+def _next_place(at: int) -> int:
+    """The first multiple of CUT_BYTES after `at`; not the one that `at` is in the character of."""
+    return ((at + 3) // CUT_BYTES + 1) * CUT_BYTES
+
+
+def _cut(buffer: bytes, start: int, boundary: re.Pattern[bytes]) -> int:
+    """How much of the buffer, which is the file from `start` on, to cut off a record that is too long; 0 for nothing."""
+    place = _next_place(start) - start
+    if len(buffer) < place + CUT_BYTES - 3 or ((m := boundary.search(buffer)) and m.end() < place + CUT_BYTES - 3):
+        return 0
+    return place - _inside_character(buffer[place - 3 : place + 1])
+
+
+def _inside_character(four: bytes) -> int:
+    """How many bytes before the last of four the UTF-8 character begins that it belongs to."""
+    return next((back for back in range(4) if four[3 - back] & 0xC0 != 0x80), 0)
 
 
 def _last_end(buffer: bytes, boundary: re.Pattern[bytes]) -> int:
@@ -164,12 +184,6 @@ def _last_end(buffer: bytes, boundary: re.Pattern[bytes]) -> int:
         if ends := [m.end() for m in boundary.finditer(buffer, start)]:
             return ends[-1]
     return 0
-
-
-def _character_start(buffer: bytes, at: int) -> int:
-    while at > 1 and buffer[at] & 0xC0 == 0x80:  # inside a UTF-8 character
-        at -= 1
-    return at
 
 
 # ---- tables and arrays ----------------------------------------------------------------------------------------------

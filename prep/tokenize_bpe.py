@@ -449,7 +449,7 @@ def show_summary(output: str, report: dict[str, Any], elapsed_s: float) -> None:
         print(f"warning: {counts['invalid_utf8']} invalid UTF-8 sequences: "
               "lone bytes read as Windows-1252, the rest lost", file=sys.stderr)  # fmt: skip
     if counts["cut"]:
-        print(f"warning: records longer than {reading.MAX_RECORD_BYTES >> 20} MiB were cut, "
+        print(f"warning: records of more than {reading.CUT_BYTES >> 20} MiB were cut, "
               f"{counts['cut']} times", file=sys.stderr)  # fmt: skip
     if report["first_unusable"]:
         print(f"warning: the first record that is no document: {report['first_unusable']}", file=sys.stderr)

@@ -8,7 +8,7 @@ import lzma
 import pytest
 import zstandard
 
-from prep import corpus, formats, reading
+from prep import compression, corpus, formats, reading
 from tests.helpers import error_of
 
 
@@ -57,7 +57,7 @@ def test_compressed_files_give_the_same(tmp_path, monkeypatch, suffix):
     }
     (tmp_path / "a.txt").write_text(CHAT)
     (tmp_path / f"b.txt{suffix}").write_bytes(pack[suffix](CHAT.encode()))
-    monkeypatch.setattr(reading, "MAX_RECORD_BYTES", 5000)
+    monkeypatch.setattr(reading, "CUT_BYTES", 5000)
     monkeypatch.setattr(corpus, "TASK_BYTES", 1000)  # many chunks
     assert read(tmp_path / f"b.txt{suffix}") == read(tmp_path / "a.txt")
     (tmp_path / f"bad.txt{suffix}").write_bytes(pack[suffix](CHAT.encode())[:-20])
@@ -73,22 +73,43 @@ def test_limit_counts_unpacked_text(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("task_bytes", [100, 1000, 3500])
-def test_one_huge_record_is_cut_the_same_in_any_ranges(tmp_path, monkeypatch, task_bytes, packed):
+@pytest.mark.parametrize("task_bytes", [100, 1000, 3500, 10**6])
+def test_a_huge_record_is_cut_the_same_in_any_ranges(tmp_path, monkeypatch, task_bytes, packed):
     monkeypatch.setattr(corpus, "TASK_BYTES", task_bytes)
-    monkeypatch.setattr(reading, "MAX_RECORD_BYTES", 4000)
-    text = "before\n\n" + "é" * 10_000 + "\n\nend " + "y" * 3000 + "\n\nlast"
+    monkeypatch.setattr(reading, "CUT_BYTES", 2000)
+    monkeypatch.setattr(formats, "DOCUMENT_CHARS", 1)
+    text = "before\n\n" + "x" + "é" * 5000 + "\n\nshort " + "y" * 2900 + "\n\nlast"
     path = tmp_path / "a.txt"
     path.write_bytes(gzip.compress(text.encode()) if packed else text.encode())
     (source,) = corpus.find_sources((str(path),))
     assert source.kind == "plain"
     found = batches([source])
     said = [d[0][1] for b in found for d in b.documents]
-    assert sum(b.cut for b in found) == 5
-    assert max(b.text_bytes for b in found) <= 4000 + task_bytes
-    assert [len(t) for t in said if "é" in t] == [2000] * 5
+    # at 2,000 to 8,000: a character begins one byte before; at 10,000 what is left is no longer than it may be
+    assert [len(t.encode()) for t in said if "é" in t] == [1999 - 8, 2000, 2000, 2000, 10_009 - 7999]
     assert "\n\n".join(said).replace("é\n\né", "éé") == text
+    assert sum(b.cut for b in found) == 4
     assert sum(b.invalid_utf8 for b in found) == 0
+    assert max(b.text_bytes for b in found) <= 4000
+
+
+def test_ranges_inside_a_huge_record_do_not_read_all_of_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "TASK_BYTES", 1 << 20)
+    monkeypatch.setattr(reading, "CUT_BYTES", 1 << 20)
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"x" * (16 << 20))
+    count = 0
+    real = compression.Unpacked.read
+
+    def read(self, n):
+        nonlocal count
+        count += len(data := real(self, n))
+        return data
+
+    sources = corpus.find_sources((str(path),))
+    monkeypatch.setattr(compression.Unpacked, "read", read)
+    assert sum(b.text_bytes for b in batches(sources)) == 16 << 20
+    assert count < 8 * (16 << 20)  # not the square of it
 
 
 def test_find_sources(tmp_path):

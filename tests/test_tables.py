@@ -39,7 +39,7 @@ def write_csv(path, rows, **options):
 @pytest.mark.parametrize("task_bytes", [100, 1 << 20])
 def test_csv(tmp_path, monkeypatch, options, task_bytes):
     monkeypatch.setattr(corpus, "TASK_BYTES", task_bytes)
-    monkeypatch.setattr(reading, "MAX_RECORD_BYTES", 2 * task_bytes)
+    monkeypatch.setattr(reading, "CUT_BYTES", 2000)
     write_csv(tmp_path / "a.csv", ALPACA, **options)
     assert read(tmp_path / "a.csv") == DOCUMENTS
     (tmp_path / "b.tsv.gz").write_bytes(gzip.compress((tmp_path / "a.csv").read_bytes()))
