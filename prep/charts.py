@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 WIDTH, HEIGHT = 440, 190
 LEFT, RIGHT, TOP, BOTTOM = 40, 8, 18, 30  # room for the labels
+MAX_BAR = 56  # wide
 PLOT_WIDTH, PLOT_HEIGHT = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
 
 
@@ -35,7 +36,7 @@ def bar_chart(bars: Sequence[Bar], *, says: str, mark: float | None = None, mark
         y = _y(tick * step / top)
         pieces.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         pieces.append(f'<text class="y" x="{LEFT - 6}" y="{y + 4:.1f}">{100 * tick * step:g} %</text>')
-    pitch = PLOT_WIDTH / max(len(bars), 1)
+    pitch = min(PLOT_WIDTH / max(len(bars), 1), MAX_BAR)
     for i, bar in enumerate(bars):
         x, y = LEFT + i * pitch, _y(bar.share / top)
         height = TOP + PLOT_HEIGHT - y

@@ -46,7 +46,7 @@ def describe(
             if counts["bytes"]
         ],
         "lengths": {
-            "document_tokens": length_figures(total.doc_ids) | {"longest": seen["longest"]},
+            "document_tokens": length_figures(total.doc_ids, seen["longest"]) | {"longest": seen["longest"]},
             "turn_tokens": length_figures(total.turns),
             "conversation_turns": length_figures(total.doc_turns),
         },
@@ -81,9 +81,9 @@ def source_figures(files: list[Source], figures: Figures, counts: dict[str, int]
     }
 
 
-def length_figures(histogram: np.ndarray) -> dict[str, Any]:
-    """Quantiles of a length, each the greatest of its bin, and the bins that are not empty: [[from, to, how many]…]."""
-    upto = np.append(EDGES[1:] - 1, EDGES[-1])
+def length_figures(histogram: np.ndarray, longest: int = EDGES[-1]) -> dict[str, Any]:
+    """Quantiles of a length, each the greatest that its bin holds, and the bins that are not empty: [[from, to, how many]…]."""
+    upto = np.minimum(np.append(EDGES[1:] - 1, EDGES[-1]), longest)
     cumulative = np.cumsum(histogram)
     at = [int(np.searchsorted(cumulative, max(q * cumulative[-1], 1))) for q in (0.05, 0.5, 0.95)]
     used = np.flatnonzero(histogram)

@@ -109,7 +109,7 @@ def too_little(report: dict[str, Any]) -> Iterator[Finding]:
     if not val["documents"]:
         yield Finding("look", "No document validates: overfitting could not be seen", "Give --val-fraction 0.01", 0.1)
     elif val["tokens"] < 50_000 or val["documents"] < 50:
-        yield Finding("look", f"The validation split is tiny: {val['documents']:,} documents, {val['tokens']:,} tokens",
+        yield Finding("look", f"The validation split is tiny: {val['tokens']:,} tokens in {val['documents']:,} document{'s' * (val['documents'] > 1)}",
                       "Its loss will jump about by chance; give a higher --val-fraction", 0.1)  # fmt: skip
     longest, tokens = report["lengths"]["document_tokens"]["longest"], train["tokens"] + val["tokens"]
     if longest > 0.1 * tokens and train["documents"] > 20:

@@ -230,6 +230,8 @@ def test_the_figures_agree_with_the_dataset(corpus, data):
     assert (source["name"], source["bytes"]) == ("corpus.txt", corpus.stat().st_size)
     assert (source["tokens"], source["documents"]) == (tokens, documents)
     assert source["documents"] == found["counts"]["encoded"]
+    length = found["lengths"]["document_tokens"]
+    assert length["p5"] <= length["median"] <= length["p95"] <= length["longest"]
     for name, total in (("document_tokens", documents), ("conversation_turns", documents)):
         assert sum(n for *_, n in found["lengths"][name]["bins"]) == total
     assert sum(found["surprise"]["documents_by_quarter_bit"]) == documents
@@ -297,7 +299,7 @@ def test_a_good_corpus_is_called_good():
         ({"counts__near_duplicates": 300_000}, "look", "Near-duplicates: 30 %"),
         ({"totals__train__tokens": 10**5}, "look", "Only 100,000 tokens"),
         ({"totals__val": {"tokens": 0, "documents": 0}}, "look", "No document validates"),
-        ({"totals__val": {"tokens": 900, "documents": 3}}, "look", "validation split is tiny: 3 documents"),
+        ({"totals__val": {"tokens": 900, "documents": 3}}, "look", "validation split is tiny: 900 tokens in 3 documents"),
         ({"counts__cut": 2}, "look", "were cut, 2 times"),
         ({"lengths__document_tokens__longest": 5 * 10**7}, "look", "One document alone holds 50 %"),
         ({"lengths__document_tokens__median": 12}, "look", "half of them have 12 tokens"),
