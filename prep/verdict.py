@@ -148,7 +148,7 @@ def sources(report: dict[str, Any]) -> Iterator[Finding]:
         share, own = share_of(source["tokens"], tokens), share_of(source["text_bytes"], source["tokens"])
         if len(listed) > 1 and share > 0.9:
             yield Finding("look", f"{source['name']} alone gives {percent(share)} of the tokens",
-                          "The others will hardly be learnt: give weights, or less of it", share - 0.5)  # fmt: skip
+                          "The others will hardly be learnt: give each its share with --mix", share - 0.5)  # fmt: skip
         if not source["tokens"]:
             yield Finding("look", f"Nothing of {source['name']} was kept", "See below why it was dropped", 0.5)
         elif len(listed) > 1 and own < 0.65 * per_token:

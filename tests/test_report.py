@@ -261,6 +261,16 @@ def test_each_input_has_its_own_figures(corpus, tmp_path):
     assert 1.2 < first["tokens"] / second["tokens"] < 1.8
 
 
+def test_what_a_mixture_leaves_out_is_shown(corpus, tmp_path):
+    (tmp_path / "b.txt").write_bytes(corpus.read_bytes()[:20_000])
+    mix = ("--mix", f"{corpus}=0.5", f"{tmp_path / 'b.txt'}=0.5", "--dedup", "off")
+    assert prepare(*mix, "--output", tmp_path / "d", "--vocab-size", 300) == 0
+    found = json.loads((tmp_path / "d" / "report.json").read_text("utf-8"))
+    text = Page((tmp_path / "d" / "report.html").read_text("utf-8")).text
+    assert "Left out by --mix" in text
+    assert f"{verdict.percent(found['sources'][0]['fraction'])} of its text used" in text
+
+
 def good_report(**changes):
     """The report of a corpus that nothing is wrong with, with some of its keys changed."""
     length = {"p5": 40, "median": 200, "p95": 900, "bins": [[4, 4, 1000]], "longest": 2000}
