@@ -154,7 +154,10 @@ def _turns(block: str) -> Document:
     speaker, text = role_and_text(first)
     turns: Document = []
     for line in lines:
-        role, said = role_and_text(line)
+        label, colon, said = line.partition(":")
+        role = _AS_WRITTEN.get(label) if colon else None
+        if role is None:
+            role, said = role_and_text(line)
         if role is None:
             text += "\n" + line
         else:

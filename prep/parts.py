@@ -24,6 +24,7 @@ from store import fs
 from store.errors import DataError, StoreError
 
 ROLES = (None, "user", "assistant", "system")  # a part stores the index
+_ROLE_INDEX = {role: i for i, role in enumerate(ROLES)}
 
 
 @dataclass
@@ -42,8 +43,8 @@ class Documents:
         pieces: list[bytes] = []
         roles, hashes = bytearray(), []
         for document in documents:
-            said = [text.encode() for _, text in document]
-            by = bytes(ROLES.index(role) for role, _ in document)
+            speakers, texts = zip(*document, strict=True)
+            said, by = list(map(str.encode, texts)), bytes(map(_ROLE_INDEX.__getitem__, speakers))
             # 0xff occurs in no UTF-8: different turns can never join to the same bytes
             hashes.append(xxhash.xxh3_64_intdigest(b"\xff".join((*said, by))))
             pieces += said

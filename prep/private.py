@@ -81,7 +81,7 @@ def has_emails(look: Look) -> bool:
 @outside_code
 def ips(text: str) -> str:
     """Public IPv4 and IPv6 addresses -> [IP]; those of one's own network, and version numbers, stay."""
-    if has_number(text):
+    if text.count(".") >= 3 and has_number(text):
         text = _IPV4.sub(_hide_ip, text)
     return _IPV6.sub(_hide_ip, text) if _may_be_ipv6(text) else text
 

@@ -38,7 +38,8 @@ def few_letters(look: Look) -> bool:
 
 def undecodable(look: Look) -> bool:
     """One character in thirty, and five or more, were lost to a wrong encoding (U+FFFD)."""
-    return look.wide.count("\ufffd") > max(4, MAX_LOST * len(look.text))
+    lost = look.wide.count("\ufffd")
+    return lost > 4 and lost > MAX_LOST * len(look.text)
 
 
 def many_scripts(look: Look) -> bool:
