@@ -101,8 +101,8 @@ def test_it_does_not_depend_on_tasks_or_partitions(said_before, tmp_path, monkey
 
 def test_an_exchange_of_a_dropped_document_does_not_count(tmp_path):
     """Its copy elsewhere is then the earliest that is left."""
-    long = [(f"Question {i} of a long conversation that someone saved twice, word for word?", f"Answer {i}: " + "so it is. " * 9)
-            for i in range(12)]  # fmt: skip
+    asked = "Question {} of a long conversation that someone saved twice, word for word?"
+    long = [(asked.format(i), " ".join(f"so {i} is {j}." for j in range(9))) for i in range(12)]
     chats = [
         chat(*long),
         chat(*long[:6], (long[6][0], long[6][1] + "Really"), *long[7:]),
