@@ -97,8 +97,8 @@ class _ZstdFile:
 
     def read(self, n: int) -> bytes:
         while not self.ready:
-            # few stored bytes at once: a bomb's 4 KiB unpack to 128 MiB, no more
-            stored = (self.frame.unused_data if self.frame and self.frame.eof else b"") or self.file.read(1 << 12)
+            # few stored bytes at once: a bomb's 1 KiB unpack to 32 MiB, no more
+            stored = (self.frame.unused_data if self.frame and self.frame.eof else b"") or self.file.read(1 << 10)
             if self.frame is None or self.frame.eof:
                 if not stored:
                     return b""

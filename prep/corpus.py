@@ -19,6 +19,7 @@ from store.errors import StoreError
 
 TASK_BYTES = 8 << 20  # two of these in work fit any memory; smaller ones only multiply files (12 GB: 1,500 tasks)
 SNIFF_BYTES = 256 << 10
+SAMPLES, SAMPLE_BYTES = 16, 4 << 10  # of a file's bytes, for its fingerprint
 
 PACKED = (".gz", ".bz2", ".xz", ".zst")
 SUFFIXES = (".txt", ".text", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".json")
@@ -39,7 +40,7 @@ class Source:
     size: int
     compression: Compression | None
     kind: Kind
-    xxh3: str  # of its first and last bytes: a resumed run must not mix two versions of a file
+    fingerprint: str  # of some of its bytes: a resumed run must not mix two versions of a file
     group: int = 0  # which of the inputs, in the order of the command line, it came from
 
     @property
@@ -122,19 +123,18 @@ def _inspect(url: str, size: int, group: int, fields: Fields) -> Source:
     try:
         with Unpacked(url, None) as f:
             head = f.read(SNIFF_BYTES)
-            f.seek(max(size - SNIFF_BYTES, 0))
-            digest = xxhash.xxh3_64_hexdigest(head + f.read(SNIFF_BYTES))
     except StoreError as e:
         if "range requests" not in str(e):  # fsspec's words
             raise
         raise UserError(f"{fs.redact(url)}: this server sends whole files only: download it first, or pipe it: "
                         "curl … | python prep/tokenize_bpe.py --input - --output …") from e  # fmt: skip
+    fingerprint = _fingerprint(url, size, head)
     compression = compression_of(head)
     if compression:
         with Unpacked(url, compression) as f:
             head = f.read(SNIFF_BYTES)
     kind = kind_of(_suffix(url), head)
-    source = Source(url, size, compression, kind, digest, group)
+    source = Source(url, size, compression, kind, fingerprint, group)
     if kind in ("parquet", "arrow"):
         if compression:
             raise UserError(f"{fs.redact(url)}: a {kind} file is packed inside: unpack this one first")
@@ -147,6 +147,19 @@ def _inspect(url: str, size: int, group: int, fields: Fields) -> Source:
     if kind is None:
         raise UserError(f"{fs.redact(url)}: neither an array of records nor one record a line: convert it to .jsonl")
     return source
+
+
+def _fingerprint(url: str, size: int, head: bytes) -> str:
+    """A hash of a file's first and last bytes and of samples between: whatever was rewritten, cut or grown has another.
+
+    Not of its date: a copy that was put back is the same corpus.
+    """
+    digest = xxhash.xxh3_64(head)
+    starts = [size * i // SAMPLES for i in range(1, SAMPLES)] if size > 2 * SNIFF_BYTES else []
+    for start, stop in [*((s, s + SAMPLE_BYTES) for s in starts), (max(size - SNIFF_BYTES, SNIFF_BYTES), size)]:
+        if start < stop:
+            digest.update(fs.read_bytes(url, start, stop))
+    return digest.hexdigest()
 
 
 def _refuse_binary(url: str, head: bytes) -> None:

@@ -92,8 +92,12 @@ def _chunks_of(piece: Piece, boundary: re.Pattern[bytes]) -> Iterator[tuple[byte
             got += len(chunk)
             yield chunk, cut
         if got < last - first:
-            raise StoreError(f"{fs.redact(source.url)}: shrank while it was read: put the whole file back, "
-                             "then run the same command with --resume")  # fmt: skip
+            raise _shrank(source)
+
+
+def _shrank(source: Source) -> StoreError:
+    return StoreError(f"{fs.redact(source.url)}: shrank while it was read: put the whole file back, "
+                      "then run the same command with --resume")  # fmt: skip
 
 
 def _whole_records(
@@ -131,6 +135,8 @@ def _record_start(f: Unpacked, at: int, source: Source, boundary: re.Pattern[byt
             if at <= end < place + CUT_BYTES - 3:
                 return end, False
         if not more:
+            if position + len(buffer) < source.size:
+                raise _shrank(source)
             return source.size, False
         position += max(len(buffer) - BOUNDARY_BYTES, 0)
         buffer = buffer[-BOUNDARY_BYTES:]

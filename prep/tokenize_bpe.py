@@ -203,6 +203,8 @@ def build(
     """The visible sequence of stages after cleaning. Returns the report."""
     if not cleaned.counts["kept"]:
         why = f"all {cleaned.counts['documents']} documents were dropped ({dropped(cleaned.counts)})"
+        if cleaned.counts["dropped_no_text_field"]:
+            why += ": name the field that holds it with --text-field, or two with --user-field and --assistant-field"
         why += f"; the first: {cleaned.first_unusable}" if cleaned.first_unusable else "; try --clean light"
         raise UserError(
             f"{', '.join(map(fs.redact, settings.input or settings.mix))}: {why if cleaned.counts['documents'] else 'the corpus is empty'}"
@@ -424,7 +426,7 @@ def describe_job(
     fixed["mix"] = ", ".join(map(str, mix.weights)) if mix else ""
     fixed |= {"language": ",".join(rules.languages), "blocklist": rules.blocklist_sha256}
     fixed["tokenizer"] = hashlib.sha256(given[0].encode()).hexdigest() if given else ""
-    files = [[fs.redact(s.url).rsplit("/", 1)[-1], s.size, s.kind, s.xxh3, s.group] for s in sources]
+    files = [[fs.redact(s.url).rsplit("/", 1)[-1], s.size, s.kind, s.fingerprint, s.group] for s in sources]
     return {"settings": fixed, "sources": files}
 
 

@@ -174,3 +174,24 @@ def test_invalid_utf8_is_counted_or_refused(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"caf\xe9")
     (task,) = corpus.plan(corpus.find_sources((str(tmp_path / "a.txt"),)))
     assert "--clean strict refuses it" in error_of(lambda: list(reading.read(task.pieces[0], strict=True)))
+
+
+def test_a_changed_file_has_another_fingerprint(tmp_path):
+    path = tmp_path / "a.txt"
+
+    def fingerprint(content):
+        path.write_bytes(content)
+        (source,) = corpus.find_sources((str(path),))
+        return source.fingerprint
+
+    lines = [b"User: number %07d\nAssistant: yes\n\n" % i for i in range(60_000)]
+    whole = b"".join(lines)
+    known = {
+        "whole": fingerprint(whole),
+        "the first byte": fingerprint(b"H" + whole[1:]),
+        "the last byte": fingerprint(whole[:-1] + b" "),
+        "a line moved": fingerprint(b"".join(lines[1:30_000] + lines[:1] + lines[30_000:])),
+        "another order": fingerprint(b"".join(reversed(lines))),
+    }
+    assert len(set(known.values())) == len(known)
+    assert fingerprint(whole) == known["whole"]  # put back: the date of a file is not its content
