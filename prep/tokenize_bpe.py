@@ -170,7 +170,12 @@ def prepare(argv: list[str] | None) -> int:
     if settings.finish:
         shares.require_all(tasks, work, settings.num_tasks)
     created = work_folder.enter(
-        work, output, job, versions | {"Unicode": unicodedata.unidata_version}, resume=resume, share=settings.task_index
+        work,
+        output,
+        job,
+        versions | {"Unicode": unicodedata.unidata_version, "this program": work_folder.code_version()},
+        resume=resume,
+        share=settings.task_index,
     )
     if settings.task_index is not None:
         shares.agree(work, settings.num_tasks)

@@ -11,6 +11,7 @@ from store import fs, lock
 from store.shards import TokenShards, default_cache
 
 JOB, LOCK = "job.json", ".lock"
+PROJECT = Path(__file__).resolve().parent.parent
 
 
 def place(output: str, asked: str) -> Path:
@@ -82,6 +83,15 @@ def enter(
             raise UserError(f"{fs.redact(output)}: was begun with {name} {before}, now it is {now}: "
                             f"install that version again, or delete {work} and begin anew")  # fmt: skip
     return created
+
+
+def code_version() -> str:
+    """A hash of the project's own code that makes bytes: a run must not begin with one version and end with another."""
+    digest = hashlib.sha256()
+    for package in ("cli", "gpt", "prep", "store"):
+        for path in sorted((PROJECT / package).glob("*.py")):
+            digest.update(f"{package}/{path.name}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def remove(work: Path, output: str) -> None:

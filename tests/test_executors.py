@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from prep import corpus as reading
-from prep import pool
+from prep import pool, tokenize_bpe, work_folder
 from store import fs
 from tests.helpers import ROOT, command, error_of, files, prepare, start
 
@@ -55,6 +55,31 @@ def test_shares_must_agree(corpus, tmp_path, small_tasks):
     assert prepare(*array, "--resume") == 0  # one command can always do the whole rest
     prepare("--input", corpus, "--output", tmp_path / "one", *FLAGS)
     assert files(tmp_path / "d") == files(tmp_path / "one")
+
+
+def test_other_versions_or_other_code_do_not_go_on_with_a_run(corpus, tmp_path, small_tasks, monkeypatch):
+    """Half of the bytes would be the one's, half the other's."""
+    array = ("--input", corpus, "--output", tmp_path / "d", *FLAGS)
+    prepare(*array, "--num-tasks", 2, "--task-index", 0)
+    with monkeypatch.context() as m:
+        m.setattr(work_folder, "code_version", lambda: "another")
+        for more in (("--num-tasks", 2, "--task-index", 1), ("--resume",)):
+            assert "now it is another: install that version again" in error_of(prepare, *array, *more)
+    with monkeypatch.context() as m:
+        m.setattr(tokenize_bpe, "version", lambda name: "0.0")
+        assert "was begun with tokenizers" in error_of(prepare, *array, "--resume")
+    assert prepare(*array, "--resume") == 0
+
+
+def test_the_version_of_the_code_is_that_of_its_files(tmp_path, monkeypatch):
+    for name in ("cli", "gpt", "prep", "store"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(work_folder, "PROJECT", tmp_path)
+    (tmp_path / "prep" / "clean.py").write_text("a = 1")
+    before = work_folder.code_version()
+    assert work_folder.code_version() == before
+    (tmp_path / "prep" / "clean.py").write_text("a = 2")
+    assert work_folder.code_version() != before
 
 
 @pytest.mark.parametrize(
