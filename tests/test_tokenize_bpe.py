@@ -232,7 +232,7 @@ def test_default_output_is_beside_the_input_and_named_after_it(corpus, tmp_path)
      ("a/part-*/x?.txt", "a-tokens"), ("gs://bucket/x/c.txt", "gs://bucket/x/c-tokens"), ("https://h/x/c.txt?s=1", "c-tokens")],
 )  # fmt: skip
 def test_default_output(given, expected):
-    from prep.tokenize_bpe import default_output
+    from prep.settings import default_output
 
     assert default_output(given) == expected
 
