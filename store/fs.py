@@ -144,9 +144,8 @@ class _RemoteStream(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        if whence == io.SEEK_END:
-            raise io.UnsupportedOperation("seek from the end")
-        self.at = offset + (self.at if whence == io.SEEK_CUR else 0)
+        begins = {io.SEEK_SET: lambda: 0, io.SEEK_CUR: lambda: self.at, io.SEEK_END: lambda: size(self.url)}
+        self.at = offset + begins[whence]()
         return self.at
 
     def tell(self) -> int:

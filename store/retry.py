@@ -19,7 +19,15 @@ try:
     RETRY_FOR_S = float(os.environ["PERENNIAL_RETRY_FOR_S"])
 except (KeyError, ValueError):
     RETRY_FOR_S = 600.0  # gcsfs alone gives up after about 33 s
-DRIVERS = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "s3a": "s3fs", "http": "aiohttp", "https": "aiohttp"}
+DRIVERS = {
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "s3": "s3fs",
+    "s3a": "s3fs",
+    "hf": "huggingface_hub",
+    "http": "aiohttp",
+    "https": "aiohttp",
+}
 # Local faults that pass: a network mount that dropped or lagged. A full or read-only disk does not pass by waiting.
 TRANSIENT_ERRNOS = {
     errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY, errno.EINTR,
@@ -42,6 +50,7 @@ def is_transient(error: BaseException) -> bool:
     if isinstance(error, ValueError):  # aiohttp and requests call a malformed URL one
         return False
     status = getattr(error, "status", None) or getattr(error, "code", None)
+    status = status or getattr(getattr(error, "response", None), "status_code", None)  # requests', huggingface_hub's
     if isinstance(status, int) and 400 <= status < 600:
         return status in (408, 429) or (status >= 500 and status != 501)  # 501: this server never will
     if isinstance(error, TimeoutError | ConnectionError):

@@ -8,6 +8,7 @@ import pytest
 
 from prep import corpus, reading, tables
 from prep.formats import Fields, Unusable
+from store import fs
 from tests.helpers import error_of
 
 ALPACA = [
@@ -75,7 +76,7 @@ def test_columns_without_text_are_told(tmp_path):
     assert "no text" in error_of(read, tmp_path / "a.csv", Fields(text="Body"))
 
 
-@pytest.mark.parametrize("task_bytes", [1, 999, 5000, 1 << 20])
+@pytest.mark.parametrize("task_bytes", [50, 999, 5000, 1 << 20])
 def test_parquet_row_groups_belong_to_one_range(tmp_path, monkeypatch, task_bytes):
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     monkeypatch.setattr(corpus, "TASK_BYTES", task_bytes)
@@ -86,6 +87,14 @@ def test_parquet_row_groups_belong_to_one_range(tmp_path, monkeypatch, task_byte
     pq.write_table(pa.Table.from_pylist(chats), tmp_path / "b.parquet", row_group_size=100)
     assert read(tmp_path / "b.parquet") == DOCUMENTS
     assert len(read(tmp_path / "b.parquet", limit=3000)) in range(10, 500)
+
+
+def test_parquet_in_a_bucket(gcs, tmp_path, monkeypatch):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr(corpus, "TASK_BYTES", 3000)
+    pq.write_table(pa.Table.from_pylist(ALPACA), tmp_path / "a.parquet", row_group_size=100)
+    fs.put_file("gs://bucket/data/a.parquet", tmp_path / "a.parquet")
+    assert read("gs://bucket/data") == DOCUMENTS
 
 
 @pytest.mark.parametrize("form", ["stream", "file"])
