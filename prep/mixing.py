@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from cli.errors import UserError
-from prep.dedup import below
 from store import fs
+from store.hashing import mix
 
 
 @dataclass(frozen=True)
@@ -33,22 +33,29 @@ def parse(arguments: Sequence[str]) -> Mix | None:
     return Mix(tuple(inputs), tuple(weights)) if inputs else None
 
 
-def fractions(mix: Mix, text_bytes: np.ndarray) -> list[float]:
+def fractions(wanted: Mix, text_bytes: np.ndarray) -> list[float]:
     """Which part of each input is used, given the (inputs,) bytes of text it has. The scarcest is used whole.
 
     Raises UserError for an input that has nothing to give.
     """
-    for name, n in zip(mix.inputs, text_bytes, strict=True):
+    for name, n in zip(wanted.inputs, text_bytes, strict=True):
         if n == 0:
             raise UserError(f"--mix: {fs.redact(name)} has no text after cleaning and deduplication: leave it out")
-    wanted = np.array(mix.weights) / text_bytes
-    return (wanted / wanted.max()).tolist()
+    fraction = np.array(wanted.weights) / text_bytes
+    return (fraction / fraction.max()).tolist()
 
 
-def choose(used: Sequence[float], group: np.ndarray, doc_hash: np.ndarray, seed: int) -> np.ndarray:
-    """(documents,) bool: those that the mixture uses, by a seeded hash of their content. `group` says whose they are."""
+def choose(
+    used: Sequence[float], group: np.ndarray, doc_hash: np.ndarray, doc_bytes: np.ndarray, seed: int
+) -> np.ndarray:
+    """(documents,) bool: those the mixture uses, in the order of a seeded hash of their content up to each fraction.
+
+    `group` says which input a document came from, `doc_bytes` its share of that input's text: 0 for one not kept.
+    """
     chosen = np.zeros(len(doc_hash), bool)
     for number, fraction in enumerate(used):
-        mine = group == number
-        chosen[mine] = below(doc_hash[mine], fraction, seed)
+        mine = np.flatnonzero((group == number) & (doc_bytes > 0))
+        order = mine[np.argsort(mix(doc_hash[mine], seed), kind="stable")]
+        ends = np.cumsum(doc_bytes[order], dtype=np.int64)
+        chosen[order[: np.searchsorted(ends, fraction * ends[-1], "right")]] = True
     return chosen

@@ -171,7 +171,7 @@ def select(
     if mix:
         group = np.repeat(np.array(cleaned.groups, np.uint16), [len(n) for n in n_bytes])
         fractions = mixing.fractions(mix, np.bincount(group[keep], doc_bytes[keep], len(mix.inputs)))
-        left_out = keep & ~mixing.choose(fractions, group, doc_hash, seed + 4)
+        left_out = keep & ~mixing.choose(fractions, group, doc_hash, doc_bytes * keep, seed + 4)
         counts["left_out_of_mix"] = int(left_out.sum())
         keep &= ~left_out
 

@@ -24,7 +24,11 @@ def show_summary(output: str, report: dict[str, Any], elapsed_s: float) -> None:
     """The closing lines: what was made and what to do next."""
     counts, train, val = Counter(report["counts"]), report["totals"]["train"], report["totals"]["val"]
     tokens, stored = train["tokens"] + val["tokens"], train["stored_bytes"] + val["stored_bytes"]
-    found = [f"{counts[k]} {k.replace('_', ' ')}" for k in ("near_duplicates", "duplicate_exchanges") if k in counts]
+    found = [
+        f"{counts[k]} {k.replace('_', ' ')}"
+        for k in ("near_duplicates", "duplicate_exchanges", "left_out_of_mix")
+        if k in counts
+    ]
     print(f"documents  {counts['encoded']} kept of {counts['documents']}; "
           + ", ".join(filter(None, [f"{counts['duplicates']} duplicates", *found, dropped(counts)])))  # fmt: skip
     if counts["invalid_utf8"]:

@@ -28,15 +28,18 @@ def test_fractions_are_the_largest_total_without_repeats():
     assert "b has no text" in error_of(mixing.fractions, mix, np.array([1.0, 0.0, 1.0]))
 
 
-def test_choice_is_by_content_alone():
+def test_choice_is_by_content_up_to_the_byte():
     rng = np.random.default_rng(1)
     hashes, group = rng.integers(0, 2**64, 20_000, np.uint64), rng.integers(0, 2, 20_000)
-    chosen = mixing.choose([1.0, 0.3], group, hashes, 5)
-    assert chosen[group == 0].all()
-    assert chosen[group == 1].mean() == pytest.approx(0.3, abs=0.02)
+    n_bytes = rng.integers(0, 500, 20_000).astype(np.uint32)
+    chosen = mixing.choose([1.0, 0.3], group, hashes, n_bytes, 5)
+    assert (chosen == (n_bytes > 0))[group == 0].all()
+    given = n_bytes[(group == 1) & chosen].sum() / n_bytes[group == 1].sum()
+    assert 0.2998 < given <= 0.3
     order = rng.permutation(20_000)
-    assert (mixing.choose([1.0, 0.3], group[order], hashes[order], 5) == chosen[order]).all()
-    assert (mixing.choose([1.0, 0.3], group, hashes, 6) != chosen).any()
+    again = mixing.choose([1.0, 0.3], group[order], hashes[order], n_bytes[order], 5)
+    assert (again == chosen[order]).all()
+    assert (mixing.choose([1.0, 0.3], group, hashes, n_bytes, 6) != chosen).any()
 
 
 @pytest.fixture
@@ -51,7 +54,7 @@ def test_mix_makes_a_dataset_of_the_asked_shares(two_sources, tmp_path, capsys):
     assert prepare("--mix", *two_sources, "--output", tmp_path / "d", *flags) == 0
     report = json.loads((tmp_path / "d" / "report.json").read_bytes())
     chat, lines = report["sources"]
-    assert chat["text_bytes"] / lines["text_bytes"] == pytest.approx(3, rel=0.05)
+    assert chat["text_bytes"] / lines["text_bytes"] == pytest.approx(3, rel=0.01)
     assert max(chat["fraction"], lines["fraction"]) == 1
     assert chat["documents"] + lines["documents"] == report["counts"]["encoded"]
     total = TokenShards(str(tmp_path / "d")).metadata["totals"]
