@@ -69,7 +69,7 @@ def commonest(counts: dict[str, int], limit: int) -> dict[str, int]:
 # ---- training -------------------------------------------------------------------------------------------------------
 
 
-def train_on_words(words: Mapping[str, int], *, vocab_size: int, min_frequency: int, split: str) -> str:
+def train_on_words(words: Mapping[str, int], vocab_size: int, min_frequency: int, split: str) -> str:
     """tokenizer.json by ffbpe: ids 0-4 special tokens, then 256 bytes, then merges in order of frequency.
 
     Raises UserError when the words have too few repeated pairs for that many tokens.
@@ -94,7 +94,7 @@ def train_on_words(words: Mapping[str, int], *, vocab_size: int, min_frequency: 
     return _finished(assemble(vocab, merges, SPLIT_PATTERNS[split]), vocab_size, min_frequency)
 
 
-def train_on_texts(batches: Iterator[list[str]], *, vocab_size: int, min_frequency: int, split: str) -> str:
+def train_on_texts(batches: Iterator[list[str]], vocab_size: int, min_frequency: int, split: str) -> str:
     """tokenizer.json by the reference; otherwise as `train_on_words`."""
     tokenizer = blank_tokenizer(SPLIT_PATTERNS[split])
     settings = trainers.BpeTrainer(

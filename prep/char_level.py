@@ -25,7 +25,7 @@ def count_characters(texts: list[str]) -> dict[str, int]:
     return dict(zip(map(chr, found.tolist()), counts[found].tolist(), strict=True))
 
 
-def train(counts: Mapping[str, int], *, vocab_size: int, min_frequency: int) -> str:
+def train(counts: Mapping[str, int], vocab_size: int, min_frequency: int) -> str:
     """tokenizer.json: special tokens, the 256 bytes, and the most frequent characters that fit `vocab_size`."""
     spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str
     vocab, merges = byte_vocab(), []

@@ -23,18 +23,18 @@ def train(
     trainer: str, vocab_size: int, min_frequency: int, split: str, pool: Executor,
 ) -> str:  # fmt: skip
     """tokenizer.json, the same whatever the number of workers. Raises UserError when the sample is too small for it."""
-    limits = {"vocab_size": vocab_size, "min_frequency": min_frequency}
+    limits = (vocab_size, min_frequency)
     with Meter("tokenizer", selection.sample_bytes, "B") as meter:
         if trainer == "tokenizers":
             counts: dict[str, int] = {}
             batches = sample_batches(cleaned, selection, meter)
-            text = bpe.train_on_texts(keep_some(batches, selection.sample_bytes, counts), **limits, split=split)
+            text = bpe.train_on_texts(keep_some(batches, selection.sample_bytes, counts), *limits, split)
         elif trainer == "ffbpe":
             counts = bpe.sum_counts(count_sample(cleaned, selection, split, pool, meter))
-            text = bpe.train_on_words(counts, **limits, split=split)
+            text = bpe.train_on_words(counts, *limits, split)
         else:
             counts = bpe.sum_counts(count_sample(cleaned, selection, "characters", pool, meter))
-            text = char_level.train(counts, **limits)
+            text = char_level.train(counts, *limits)
         return bpe.number_by_frequency(text, counts)
 
 
