@@ -1,6 +1,6 @@
 """Train a byte-level BPE tokenizer with this project's special tokens.
 
-Two trainers give the same quality: `ffbpe` (docs/tokenizer.md: 12 times faster) and the reference, `tokenizers`. On 32 MB
+Two trainers give the same quality: `ffbpe` (7 to 10 times faster) and the reference, `tokenizers`. On 32 MB
 of conversation their 31,744 merges differ in 8, all ties of frequency broken the other way, so the one used counts as a
 setting and is recorded.
 """

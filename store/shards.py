@@ -28,7 +28,7 @@ from store.errors import DataError, NotFound
 FORMAT, VERSION = "perennial-tokens", 1
 HEADER_BYTES = 1024
 MAGICS = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}  # magic -> (version, width)
-FRAME_BYTES = 16 << 20  # raw; 4 MiB frames cost 2.4 % of the ratio at level 9, larger ones start later
+FRAME_BYTES = 16 << 20  # raw; 4 MiB frames store 2.4 % more at level 9, larger ones start later
 PIECE_BYTES = 4 << 20  # what a stream is unpacked by
 SEEK_MAGIC, SKIPPABLE_MAGIC = 0x8F92EAB1, 0x184D2A5E
 Split = Literal["train", "val"]
