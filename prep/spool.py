@@ -6,23 +6,23 @@ import sys
 from pathlib import Path
 
 from cli.errors import UserError
-from store import lock
 from store.errors import StoreError
 
 STDIN = "-"  # as it is named among the inputs
+LOCK = ".stdin-lock"  # of the work folder: held by who reads
 
 
-def standard_input(work: Path) -> Path:
+def standard_input(work: Path, *, anew: bool) -> Path:
     """The file that holds all of standard input: an earlier run's, where that had read to the end, else read now.
 
-    Raises UserError where nothing is piped in, StoreError where it cannot be kept.
+    With `anew` an earlier run's does not count. Raises UserError where nothing is piped in, StoreError where it cannot
+    be kept. The caller holds LOCK.
     """
     path, partial = work / "stdin", work / "stdin.part"
-    if path.exists():
+    if path.exists() and not anew:
         return path
     if sys.stdin is None or sys.stdin.isatty():
         raise UserError("--input -: nothing is piped in: zcat corpus.txt.gz | python prep/tokenize_bpe.py --input - …")
-    lock.hold(work / ".stdin-lock")
     try:
         with open(partial, "wb") as f:
             shutil.copyfileobj(sys.stdin.buffer, f, 1 << 20)

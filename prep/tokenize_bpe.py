@@ -55,7 +55,7 @@ from prep.settings import (
     fields_of,
 )
 from prep.summary import dropped, show_input, show_summary
-from store import fs
+from store import fs, lock
 from store.errors import StoreError
 from store.shards import dtype_for, write_metadata
 
@@ -89,9 +89,9 @@ def prepare(argv: list[str] | None) -> int:
     if spool.STDIN in inputs and work_folder.is_complete(output, resume=resume):
         print(f"{fs.redact(output)} is complete already; standard input is not read")
         return 0
-    sources = find_sources(inputs, fields_of(settings), work, output)
     given_tokenizer = load_tokenizer(settings.tokenizer) if settings.tokenizer else None
     trainer = "given" if given_tokenizer else vocabulary.choose_trainer(settings.tokenizer_type, settings.trainer)
+    sources = find_sources(inputs, fields_of(settings), work, output, resume=resume)
     job = describe_job(settings, rules, sources, trainer, given_tokenizer)
     versions = made_with(trainer, rules)
     if work_folder.already_complete(output, job, resume=resume):
@@ -233,13 +233,16 @@ def make_executor(settings: Settings, sources: list[corpus.Source], work: Path, 
     return RayPool(workers, work, [fs.local_path(s.url) for s in sources if fs.is_local(s.url)], versions)
 
 
-def find_sources(inputs: tuple[str, ...], fields: Fields, work: Path, output: str) -> list[corpus.Source]:
+def find_sources(
+    inputs: tuple[str, ...], fields: Fields, work: Path, output: str, *, resume: bool
+) -> list[corpus.Source]:
     """The files of the inputs; standard input becomes one, in the work folder."""
     if spool.STDIN not in inputs:
         return corpus.find_sources(inputs, fields)
     created = work_folder.is_new(work, output)
+    lock.hold(work / spool.LOCK)  # outside of `try`: what another process reads there must not be undone
     try:
-        kept = str(spool.standard_input(work))
+        kept = str(spool.standard_input(work, anew=created and not resume))
         return corpus.find_sources([kept if i == spool.STDIN else i for i in inputs], fields)
     except USER_ERRORS:
         if created:

@@ -5,6 +5,7 @@ import io
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -63,6 +64,37 @@ def test_what_was_read_in_part_is_read_anew(corpus, tmp_path, piped):
     assert b'"kept": 2149' in files(tmp_path / "d")["report.json"]
 
 
+def test_what_a_failed_run_had_read_is_not_taken_for_what_is_piped_in_now(corpus, tmp_path, piped):
+    work = tmp_path / "d" / ".prep"
+    work.mkdir(parents=True)
+    (work / "stdin").write_bytes(b"User: of a run that ended\nAssistant: before it had a job\n")
+    piped(corpus.read_bytes())
+    assert prepare("--input", "-", "--output", tmp_path / "d", *FLAGS) == 0
+    assert b'"kept": 2149' in files(tmp_path / "d")["report.json"]
+
+
+def test_a_bad_flag_is_told_before_it_is_read(tmp_path, piped):
+    piped(b"User: a question\nAssistant: an answer\n")
+    error_of(prepare, "--input", "-", "--output", tmp_path / "d", "--tokenizer", tmp_path / "none.json")
+    assert not (tmp_path / "d").exists()
+
+
+def test_a_second_reader_leaves_the_first_alone(tmp_path):
+    run = command("prep/tokenize_bpe.py", "--input", "-", "--output", tmp_path / "d", *FLAGS, "--workers", 1)
+    first = subprocess.Popen(run, stdin=subprocess.PIPE)
+    try:
+        part = tmp_path / "d" / ".prep" / "stdin.part"
+        while not part.exists():
+            assert first.poll() is None
+            time.sleep(0.01)
+        second = subprocess.run(run, input=b"User: a\n", capture_output=True)
+        assert second.returncode == 2 and b"another process is writing there" in second.stderr
+        assert part.exists()
+    finally:
+        first.kill()
+        first.wait()
+
+
 @pytest.mark.parametrize(
     ("data", "flags", "says"),
     [
@@ -81,7 +113,7 @@ def test_what_cannot_be_leaves_nothing(tmp_path, piped, data, flags, says):
 def test_needs_a_pipe_and_a_name(tmp_path, monkeypatch):
     assert "give --output" in error_of(prepare, "--input", "-")
     monkeypatch.setattr(sys, "stdin", None)
-    assert "nothing is piped in" in error_of(spool.standard_input, tmp_path)
+    assert "nothing is piped in" in error_of(lambda: spool.standard_input(tmp_path, anew=False))
 
 
 def test_what_else_is_in_the_output_stays(tmp_path, piped):
