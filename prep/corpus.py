@@ -19,6 +19,9 @@ from store.errors import StoreError
 
 TASK_BYTES = 8 << 20  # two of these in work fit any memory; smaller ones only multiply files (12 GB: 1,500 tasks)
 SNIFF_BYTES = 256 << 10
+MAX_GROUPS = (
+    64  # more inputs than these are what a shell made of one glob: one group, else each would be a task and a row
+)
 SAMPLES, SAMPLE_BYTES = 16, 4 << 10  # of a file's bytes, for its fingerprint
 
 PACKED = (".gz", ".bz2", ".xz", ".zst")
@@ -80,15 +83,17 @@ class Task:
 # ---- finding --------------------------------------------------------------------------------------------------------
 
 
-def find_sources(inputs: Sequence[str], fields: Fields = KNOWN_FIELDS) -> list[Source]:
+def find_sources(inputs: Sequence[str], fields: Fields = KNOWN_FIELDS, *, grouped: bool = False) -> list[Source]:
     """The files that paths, folders, globs and URLs name, each once, in name order within each input.
 
-    Raises UserError for nothing found, and for empty, binary or unusable files.
+    `grouped` inputs stay apart however many they are. Raises UserError for nothing found, and for empty, binary or
+    unusable files.
     """
+    grouped = grouped or len(inputs) <= MAX_GROUPS
     found: dict[str, tuple[int, int]] = {}
-    for group, url in enumerate(inputs):
+    for number, url in enumerate(inputs):
         for name, size in _usable_files(url):
-            found.setdefault(name, (size, group))
+            found.setdefault(name, (size, number if grouped else 0))
     files = [(url, size, group, fields) for url, (size, group) in found.items() if size > 0]
     if not files:
         raise UserError(f"{', '.join(map(fs.redact, inputs))}: the corpus is empty (0 bytes)")

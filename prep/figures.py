@@ -143,19 +143,21 @@ def surprise(ids: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Counted:
-    """The figures of a whole corpus, for each of the inputs and together, and its `suspects`."""
+    """The figures of a whole corpus, its `suspects`, and what is told of each of the inputs."""
 
-    by_group: list[Figures]
+    group_totals: np.ndarray  # (inputs, 3): a vocabulary's counts for each of ten thousand inputs would be gigabytes
     total: Figures
     suspects: np.ndarray
 
     @classmethod
-    def of(cls, by_group: list[Figures], *, special_ids: Iterable[int]) -> "Counted":
-        """What follows from the figures of the inputs."""
-        total = Figures.empty(len(by_group[0].ids))
-        for figures in by_group:
+    def of(cls, measured: Iterable[tuple[int, Figures]], n_groups: int, *, special_ids: Iterable[int]) -> "Counted":
+        """What follows from the figures of at least one part, each with the number of the input it came from."""
+        group_totals, total = np.zeros((n_groups, 3), np.int64), None
+        for group, figures in measured:
+            total = total or Figures.empty(len(figures.ids))
             total.add(figures)
-        return cls(by_group, total, suspects(total, special_ids))
+            group_totals[group] += figures.totals
+        return cls(group_totals, total, suspects(total, special_ids))
 
 
 def watch_table(counted: Counted) -> np.ndarray:

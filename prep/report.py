@@ -40,9 +40,11 @@ def describe(
         "tokenizer_sample_bytes": selection.sample_bytes,
         "totals": {split: totals([s for s in shards if s.split == split]) for split in ("train", "val")},
         "sources": [
-            source_figures([s for s in sources if s.group == group], figures, counts)
+            source_figures([s for s in sources if s.group == group], encoded, counts)
             | {"fraction": selection.fractions[group] if selection.fractions else 1.0}
-            for group, (figures, counts) in enumerate(zip(counted.by_group, cleaned.group_counts, strict=True))
+            for group, (encoded, counts) in enumerate(
+                zip(counted.group_totals.tolist(), cleaned.group_counts, strict=True)
+            )
             if counts["bytes"]
         ],
         "lengths": {
@@ -67,9 +69,9 @@ def totals(shards: list[Shard]) -> dict[str, int]:
     return {name: sum(getattr(s, name) for s in shards) for name in ("tokens", "documents", "stored_bytes")}
 
 
-def source_figures(files: list[Source], figures: Figures, counts: dict[str, int]) -> dict[str, Any]:
+def source_figures(files: list[Source], encoded: list[int], counts: dict[str, int]) -> dict[str, Any]:
     """One of the inputs, named by its first file; no folders, which differ between machines."""
-    documents, tokens, text_bytes = figures.totals.tolist()
+    documents, tokens, text_bytes = encoded
     return {
         "name": fs.redact(files[0].url).rstrip("/").rsplit("/", 1)[-1],
         "files": len(files),

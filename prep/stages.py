@@ -284,10 +284,11 @@ def _figures_path(encoded: Path) -> Path:
 
 def count_tokens(cleaned: Cleaned, encoded: list[Path], tokenizer: Tokenizer) -> figures.Counted:
     """What was counted about the encoded parts, summed."""
-    by_group = [figures.Figures.empty(tokenizer.vocab_size) for _ in cleaned.group_counts]
-    for group, path in zip(cleaned.groups, encoded, strict=True):
-        by_group[group].add(figures.Figures(**parts.load_arrays(_figures_path(path))))
-    return figures.Counted.of(by_group, special_ids=tokenizer.special_ids.values())
+    measured = (
+        (group, figures.Figures(**parts.load_arrays(_figures_path(path))))
+        for group, path in zip(cleaned.groups, encoded, strict=True)
+    )
+    return figures.Counted.of(measured, len(cleaned.group_counts), special_ids=tokenizer.special_ids.values())
 
 
 @functools.lru_cache(maxsize=1)

@@ -13,6 +13,7 @@ if __name__ == "__main__":  # Python put this file's folder first in sys.path: t
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import contextlib
+import functools
 import hashlib
 import json
 import shutil
@@ -42,7 +43,6 @@ from prep import (
     vocabulary,
     work_folder,
 )
-from prep.formats import Fields
 from prep.given import load as load_tokenizer
 from prep.pool import Executor, Pool, usable_cpus
 from prep.settings import (
@@ -91,7 +91,7 @@ def prepare(argv: list[str] | None) -> int:
         return 0
     given_tokenizer = load_tokenizer(settings.tokenizer) if settings.tokenizer else None
     trainer = "given" if given_tokenizer else vocabulary.choose_trainer(settings.tokenizer_type, settings.trainer)
-    sources = find_sources(inputs, fields_of(settings), work, output, resume=resume)
+    sources = find_sources(settings, inputs, work, output, resume=resume)
     job = describe_job(settings, rules, sources, trainer, given_tokenizer)
     versions = made_with(trainer, rules)
     if work_folder.already_complete(output, job, resume=resume):
@@ -234,16 +234,17 @@ def make_executor(settings: Settings, sources: list[corpus.Source], work: Path, 
 
 
 def find_sources(
-    inputs: tuple[str, ...], fields: Fields, work: Path, output: str, *, resume: bool
+    settings: Settings, inputs: tuple[str, ...], work: Path, output: str, *, resume: bool
 ) -> list[corpus.Source]:
     """The files of the inputs; standard input becomes one, in the work folder."""
+    find = functools.partial(corpus.find_sources, fields=fields_of(settings), grouped=bool(settings.mix))
     if spool.STDIN not in inputs:
-        return corpus.find_sources(inputs, fields)
+        return find(inputs)
     created = work_folder.is_new(work, output)
     lock.hold(work / spool.LOCK)  # outside of `try`: what another process reads there must not be undone
     try:
         kept = str(spool.standard_input(work, anew=created and not resume))
-        return corpus.find_sources([kept if i == spool.STDIN else i for i in inputs], fields)
+        return find([kept if i == spool.STDIN else i for i in inputs])
     except USER_ERRORS:
         if created:
             work_folder.remove(work, output)

@@ -195,3 +195,12 @@ def test_a_changed_file_has_another_fingerprint(tmp_path):
     }
     assert len(set(known.values())) == len(known)
     assert fingerprint(whole) == known["whole"]  # put back: the date of a file is not its content
+
+
+def test_what_a_shell_made_of_a_glob_is_one_input(tmp_path):
+    names = [str(tmp_path / f"{i}.txt") for i in range(corpus.MAX_GROUPS + 1)]
+    for name in names:
+        (tmp_path / name).write_text("Some words of a small file.\n")
+    assert len(corpus.plan(corpus.find_sources(names))) == 1
+    assert [s.group for s in corpus.find_sources(names[1:])] == [*range(corpus.MAX_GROUPS)]
+    assert len({s.group for s in corpus.find_sources(names, grouped=True)}) == len(names)

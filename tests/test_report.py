@@ -44,7 +44,9 @@ def test_counts_are_right_and_parts_add_up(monkeypatch):
     documents = random_documents(np.random.Generator(np.random.PCG64(1)), 200)
     whole = measured(documents, np.random.Generator(np.random.PCG64(2)))
     by_group = [measured(d, np.random.Generator(np.random.PCG64(2))) for d in (documents[:60], documents[60:])]
-    split = figures.Counted.of(by_group, special_ids=[]).total
+    counted = figures.Counted.of(enumerate(by_group), 2, special_ids=[])
+    assert counted.group_totals[:, 0].tolist() == [60, 140]
+    split = counted.total
     for name, array in vars(whole).items():
         assert np.array_equal(array, getattr(split, name)), name
     everything = np.concatenate(documents)
@@ -92,7 +94,7 @@ def test_a_watch_sees_the_same_however_documents_are_cut():
     rng = np.random.Generator(np.random.PCG64(5))
     documents = random_documents(rng, 300)
     counted = measured(documents, rng)
-    table = figures.watch_table(figures.Counted([], counted, np.array([7])))
+    table = figures.watch_table(figures.Counted(np.zeros((0, 3)), counted, np.array([7])))
     _, lengths, encoded = encoded_part(documents, rng)
     begins = np.append(0, np.cumsum(lengths))
 

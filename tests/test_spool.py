@@ -88,7 +88,8 @@ def test_a_second_reader_leaves_the_first_alone(tmp_path):
             assert first.poll() is None
             time.sleep(0.01)
         second = subprocess.run(run, input=b"User: a\n", capture_output=True)
-        assert second.returncode == 2 and b"another process is writing there" in second.stderr
+        assert second.returncode == 2
+        assert b"another process is writing there" in second.stderr
         assert part.exists()
     finally:
         first.kill()
