@@ -15,12 +15,12 @@ PROJECT = Path(__file__).resolve().parent.parent
 
 
 def place(output: str, asked: str) -> Path:
-    """Where temporary files go: inside a local output, else in this machine's cache."""
-    if asked:
-        return Path(asked).expanduser().absolute() / "perennial-prep"
-    if fs.is_local(output):
-        return fs.local_path(output).absolute() / ".prep"
-    return default_cache() / "prep" / hashlib.sha256(output.encode()).hexdigest()[:16]
+    """Where temporary files go: inside a local output, else in this machine's cache; in a folder of this output's own."""
+    where = str(fs.local_path(output).absolute()) if fs.is_local(output) else output.rstrip("/")
+    if fs.is_local(output) and not asked:
+        return Path(where) / ".prep"
+    folder = Path(asked).expanduser().absolute() if asked else default_cache() / "prep"
+    return folder / f"perennial-prep-{hashlib.sha256(where.encode()).hexdigest()[:16]}"
 
 
 def is_complete(output: str, *, resume: bool) -> bool:
