@@ -365,9 +365,10 @@ def put_first(path: Path, data: bytes) -> None:
             except FileExistsError:
                 return
             except OSError as e:  # no hard links on exFAT and some mounts: nearly as good
-                if e.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP) or path.exists():
+                if e.errno not in (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP):
                     raise
-                os.replace(temporary, path)
+                if not path.exists():
+                    os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
 

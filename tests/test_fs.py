@@ -481,3 +481,14 @@ def test_plain_http(gcs, caplog):
         fs.put_bytes(signed.format("x"), b"1")
     for text in (caplog.text, str(missing.value), str(refused.value)):
         assert not any(s in text for s in SECRETS)
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOSYS, errno.ENOTSUP])
+def test_the_first_wins_without_hard_links_too(tmp_path, monkeypatch, number):
+    def refuse(source, target):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "link", refuse)
+    fs.put_first(tmp_path / "job", b"first")
+    fs.put_first(tmp_path / "job", b"later")
+    assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"first"]
