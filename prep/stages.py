@@ -108,7 +108,7 @@ def clean_task(task: corpus.Task, work: Path, rules: cleaning.Settings, fields: 
             counts["documents"] += 1
             if isinstance(record, Unusable):
                 drop(record.reason, record.excerpt)
-                first_unusable = first_unusable or (number, record.reason, record.line, record.excerpt)
+                first_unusable = first_unusable or (number, record.reason, record.line, private.mask(record.excerpt))
                 continue
             document, changed = cleaner.clean(record)
             if changed:

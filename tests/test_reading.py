@@ -130,7 +130,7 @@ def test_broken_lines_are_counted_and_the_first_is_shown_with_its_number(tmp_pat
         json.dumps({"text": f"line {i} has some words in it, and they are all different: {i * i}."})
         for i in range(3000)
     ]
-    lines[1234] = lines[1234][:-9] + "\x1b[31m"
+    lines[1234] = '{"text": "line 1234 has a person@example.org \x1b[31m'
     lines[2345] = "[" * 5000
     lines[2800] = '{"id": 5}'
     (tmp_path / "a b.jsonl").write_text("\n".join(lines))
@@ -138,6 +138,7 @@ def test_broken_lines_are_counted_and_the_first_is_shown_with_its_number(tmp_pat
     warning = capsys.readouterr().err
     assert 'a b.jsonl, line 1235 (broken_json): \'{"text": "line 1234 has' in warning
     assert "\x1b" not in warning
+    assert "person@example.org" not in warning
     report = json.loads((tmp_path / "d" / "report.json").read_bytes())
     assert report["counts"]["dropped_broken_json"] == 2
     assert report["counts"]["dropped_no_text_field"] == 1
