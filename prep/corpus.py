@@ -106,7 +106,7 @@ def _usable_files(url: str) -> list[tuple[str, int]]:
     if url.startswith("hf://") and url.split("/")[2] not in ("datasets", "buckets", "spaces"):
         url = "hf://datasets/" + url.removeprefix("hf://")  # there a bare name would be a model
     files = fs.find_files(url)
-    if len(files) == 1 and files[0][0].rstrip("/").endswith(url.rstrip("/").split("://")[-1].split("/")[-1]):
+    if len(files) == 1 and files[0][0].rsplit("/", 1)[-1] == url.rstrip("/").rsplit("/", 1)[-1]:
         return files
     suffixes = SUFFIXES if any(c in url for c in "*?[") else IN_FOLDERS
     usable = [(name, size) for name, size in files if _suffix(name) in suffixes and "/cache-" not in name]

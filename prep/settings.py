@@ -15,6 +15,8 @@ from prep import clean as cleaning
 from prep.formats import Fields
 from store import fs
 
+MAX_SHARD_TOKENS = 1_000_000_000
+
 
 def sample_size(text: str) -> int | None:
     """What --tokenizer-sample means: a number of bytes, or None for "all". Raises ValueError."""
@@ -114,6 +116,9 @@ def check(settings: Settings) -> None:
         value = getattr(settings, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: expected 1 or more")
+    if settings.shard_tokens > MAX_SHARD_TOKENS:
+        raise UserError(f"--shard-tokens {settings.shard_tokens}: expected at most {MAX_SHARD_TOKENS}: "
+                        "a shard is made in memory, and its header counts to 2^31")  # fmt: skip
     shares.check(settings.num_tasks, settings.task_index, finish=settings.finish, executor=settings.executor)
     if (
         not fs.is_local(settings.output)
@@ -171,6 +176,8 @@ def default_output(first_input: str) -> str:
         first_input = first_input.split("?")[0].rsplit("/", 1)[-1]  # cannot be written there: in this folder
     while any(c in first_input for c in "*?["):
         first_input = first_input.rpartition("/")[0] or "."
+    if first_input.startswith("hf://"):
+        first_input = first_input.rstrip("/").rpartition("/")[2]  # nor there
     if fs.is_local(first_input):
         first_input = str(fs.local_path(first_input).resolve()) if first_input in (".", "..") else first_input
     folder, slash, name = first_input.rstrip("/").rpartition("/")

@@ -194,7 +194,22 @@ def test_reused_tokenizer_and_remote_output(corpus, data, tmp_path):
     made = TokenShards(url)
     made.verify()
     assert made.vocab_size == 512
-    assert not (tmp_path / "perennial-prep").exists()
+    assert not list(tmp_path.glob("perennial-prep*"))
+
+
+def test_datasets_that_share_a_work_dir_share_no_work(corpus, tmp_path, monkeypatch):
+    work = ("--work-dir", tmp_path / "work", "--vocab-size", 300)
+    prepare("--input", corpus, "--output", tmp_path / "a", *work)
+    with monkeypatch.context() as m:
+        m.setattr(stages, "select", lambda *a, **k: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            prepare("--input", corpus, "--output", tmp_path / "b", *work, "--seed", 2)
+    markers = len(list((tmp_path / "work").rglob("clean-*.json")))
+    assert markers
+    prepare("--input", corpus, "--output", tmp_path / "a", *work, "--resume")  # complete already
+    prepare("--input", corpus, "--output", tmp_path / "c", *work, "--seed", 3)
+    assert len(list((tmp_path / "work").rglob("clean-*.json"))) == markers
+    assert prepare("--input", corpus, "--output", tmp_path / "b", *work, "--seed", 2, "--resume") == 0
 
 
 def test_a_dataset_of_characters(corpus, data, tmp_path):
@@ -229,7 +244,8 @@ def test_default_output_is_beside_the_input_and_named_after_it(corpus, tmp_path)
 @pytest.mark.parametrize(
     ("given", "expected"),
     [("a/corpus.txt.gz", "a/corpus-tokens"), ("corpus.jsonl", "corpus-tokens"), ("a/b/", "a/b-tokens"), ("a/*.txt", "a-tokens"),
-     ("a/part-*/x?.txt", "a-tokens"), ("gs://bucket/x/c.txt", "gs://bucket/x/c-tokens"), ("https://h/x/c.txt?s=1", "c-tokens")],
+     ("a/part-*/x?.txt", "a-tokens"), ("gs://bucket/x/c.txt", "gs://bucket/x/c-tokens"), ("https://h/x/c.txt?s=1", "c-tokens"),
+     ("hf://org/name", "name-tokens"), ("hf://datasets/org/name/data/*.parquet", "data-tokens")],
 )  # fmt: skip
 def test_default_output(given, expected):
     from prep.settings import default_output
@@ -244,6 +260,8 @@ def bad_inputs(tmp_path, corpus, data):
     (tmp_path / "latin.txt").write_bytes(b"User: caf\xe9 au lait, please\nAssistant: Coming.\n\n" * 50)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.doc").write_bytes(b"do not touch")
+    (tmp_path / "md").mkdir()
+    (tmp_path / "md" / "read.md").write_bytes(b"About something, in a format that is not read.\n")
     (tmp_path / "file").write_bytes(b"x")
     (tmp_path / "junk.json").write_bytes(b"{}")
     ok = ("--input", corpus)
@@ -252,6 +270,8 @@ def bad_inputs(tmp_path, corpus, data):
         "missing file": (("--input", tmp_path / "no.txt"), "no.txt: not found"),
         "empty file": (("--input", tmp_path / "empty.txt"), "empty (0 bytes)"),
         "blank file": (("--input", tmp_path / "blank.txt"), "the corpus is empty"),
+        "a folder with nothing to read": (("--input", tmp_path / "md"), "no text found there"),
+        "shards too large": ((*ok, "--shard-tokens", "2G"), "expected at most"),
         "binary file": (("--input", tmp_path / "binary.txt"), "looks binary"),
         "invalid UTF-8, strict": (("--input", tmp_path / "latin.txt", "--clean", "strict"), "invalid UTF-8 (e9"),
         "vocabulary too large": ((*ok, "--vocab-size", 60_000), "supports only"),
