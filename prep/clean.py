@@ -143,7 +143,7 @@ class Cleaner:
         self.drop_rules = [(name, rule) for name, rule in DROP_RULES.items() if name in rules]
         self.drops_long = "too_long" in rules
         if settings.blocklist:
-            self.drop_rules.append(("blocklist", lambda look: quality.blocked(settings.blocklist, look)))
+            self.drop_rules.append(("blocklist", quality.Blocklist(settings.blocklist)))
         if settings.languages:
             self.drop_rules.append(("language", lambda look: quality.other_language(settings.languages, look)))
         if "mojibake" in rules:

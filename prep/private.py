@@ -10,6 +10,7 @@ from prep.look import Look, has_number
 from prep.markup import outside_code
 
 PLACEHOLDERS = {"url": "[URL]", "email": "[EMAIL]", "ip": "[IP]", "card": "[CARD]", "phone": "[PHONE]"}
+PLACEHOLDER = re.compile("|".join(map(re.escape, PLACEHOLDERS.values())))
 KIND_OF_RULE = {"urls": "url", "emails": "email", "ips": "ip", "cards": "card", "phones": "phone"}
 
 # ASCII and Latin letters: in Chinese no blank ends a link. Brackets only in pairs, as in [text](https://a.org/b_(c)).

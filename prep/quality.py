@@ -6,6 +6,7 @@ from collections import Counter
 
 from cli.errors import UserError
 from prep.look import Look
+from prep.private import PLACEHOLDER
 
 MIN_BYTES = 5  # "ok", "1." and the like; "Hi" with "Hello" is a conversation
 MAX_CHARS = 8 << 20  # a dump or a log, not a text; the longest novel has five million
@@ -14,7 +15,7 @@ MAX_LOST = 0.03
 REPEATED = 0.7  # share of words in five-word phrases that came before
 
 _NOT_LETTERS = bytes(c for c in range(128) if not chr(c).isalpha())  # every byte of a non-ASCII character counts
-_PLACEHOLDER = re.compile(r"\[(?:URL|EMAIL|IP|CARD|PHONE)\]")
+_WORD = re.compile(r"\w+")
 
 
 def too_short(look: Look) -> bool:
@@ -75,15 +76,28 @@ def one_sided(look: Look) -> bool:
     return look.chat and not {"user", "assistant"} <= set(look.roles)
 
 
-def blocked(phrases: tuple[str, ...], look: Look) -> bool:
-    """Whether one of the phrases stands in the text, as whole words, in any case."""
-    return _blocklist(phrases).search(look.text.casefold()) is not None
+class Blocklist:
+    """`Blocklist(phrases)(look)`: whether one of them stands in the text, as whole words, in any case.
+
+    A phrase is looked for only in a text that has all its words: one expression of 5,000 read 0.13 MB/s, this 21.
+    """
+
+    def __init__(self, phrases: tuple[str, ...]) -> None:
+        self.by_word: dict[str, list[tuple[str, set[str]]]] = {}  # its longest; "" for a phrase without any
+        for phrase in map(str.casefold, phrases):
+            words = _WORD.findall(phrase)
+            self.by_word.setdefault(max(words, key=len, default=""), []).append((phrase, set(words)))
+
+    def __call__(self, look: Look) -> bool:
+        text = look.text.casefold()
+        words = {"", *_WORD.findall(text)}
+        likely = (p for word in self.by_word.keys() & words for p, needed in self.by_word[word] if needed <= words)
+        return any(phrase in words or _stands_in(text, phrase) for phrase in likely)
 
 
-@functools.lru_cache(maxsize=1)
-def _blocklist(phrases: tuple[str, ...]) -> re.Pattern[str]:
-    words = (r"\s+".join(map(re.escape, phrase.casefold().split())) for phrase in phrases)
-    return re.compile(rf"(?<!\w)(?:{'|'.join(words)})(?!\w)")
+def _stands_in(text: str, phrase: str) -> bool:
+    found = r"\s+".join(map(re.escape, phrase.split()))
+    return re.search(rf"(?<!\w){found}(?!\w)", text) is not None
 
 
 _LARGE_BLOCKS = frozenset(range(0x2E, 0xD8))  # Chinese, Japanese, Korean: one script, many pages
@@ -93,7 +107,7 @@ SURE = 0.5  # below it, names and greetings of a few words are taken for any lan
 
 def other_language(languages: tuple[str, ...], look: Look) -> bool:
     """Whether the first thousand characters are, in all likelihood, in a language that was not asked for."""
-    sample = _PLACEHOLDER.sub(" ", look.text[:LANGUAGE_CHARS]).replace("\n", " ").strip()
+    sample = PLACEHOLDER.sub(" ", look.text[:LANGUAGE_CHARS]).replace("\n", " ").strip()
     found = detector().detect(sample, model="lite", k=1)
     return bool(found) and found[0]["score"] >= SURE and found[0]["lang"] not in languages
 

@@ -21,14 +21,13 @@ from typing import Any
 from cli import flags
 from cli.errors import UserError
 from cli.flags import flag
-from prep import clean, formats
+from prep import clean, formats, private
 
 REMOVED = ("email", "url", "phone", "ip", "card")  # what was inserted is no longer there
 UNDONE = ("html", "html_double", "crlf", "spaces", "tabs", "nfd", "zero_width", "empty_turn", "rep_line", "base64",
           "lower_role", "no_role", "dup_space", "raw_latin1")  # fmt: skip  # as if it had never been
 NOTHING_LEFT = {"ctrl": r"[\x00-\x08\x0b-\x1f\x7f]", "rep_char": r"(\S)\1{9}", "html_tags": r"</?(?:p|b|br|a)\b[^<>]*>",
                 "truncated_utf8": "\ufffd", "raw_utf16_fragment": "[\ufffd\x00]"}  # fmt: skip
-PLACEHOLDER = re.compile(r"\[(?:URL|EMAIL|PHONE|IP|CARD)\]")
 SURVIVES = ("code", "compat", "emoji")
 DROPPED = ("gibberish", "one_turn", "same_role")
 BARS = {
@@ -85,14 +84,16 @@ def judge(document: formats.Document, known: dict[str, Any], cleaner: clean.Clea
         left = re.search(NOTHING_LEFT[kind], text)
         return [(kind, not left, text[max(left.start() - 50, 0) : left.end() + 50] if left else "")]
     if kind in SURVIVES:
-        return [(kind, lost or turn[1] == before[1], turn[1][:200]) for turn, before in zip(cleaned, document, strict=True)
+        if lost or len(cleaned) != len(document):
+            return [(kind, False, text[:200])]
+        return [(kind, turn[1] == before[1], turn[1][:200]) for turn, before in zip(cleaned, document, strict=True)
                 if re.search("`|[^\x00-\x7f]", before[1])]  # fmt: skip
     if kind not in (*UNDONE, *REMOVED) and not kind.startswith("moji"):
         return []  # dup and near are deduplication's; long_line is no defect
     original = next(iter(formats.documents(known["clean"], "chat")))
     expected, _ = cleaner.clean(original)
     if kind in REMOVED:  # whole, and nothing with it
-        rest = [[PLACEHOLDER.sub("", said).split() for _, said in d] for d in (cleaned, expected)]
+        rest = [[private.PLACEHOLDER.sub("", said).split() for _, said in d] for d in (cleaned, expected)]
         return [(kind, s not in text and rest[0] == rest[1], f"{s} in {text[:200]}") for s in known["inserted"]]
     if kind in UNDONE:
         return [(kind, cleaned == expected, text[:200])]

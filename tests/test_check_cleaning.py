@@ -63,5 +63,11 @@ def test_it_fails_when_code_or_clean_text_is_changed(checked, monkeypatch, capsy
     assert mojibake.mojibake(SAID) == SAID
 
 
+def test_what_is_dropped_has_not_survived(checked, monkeypatch, capsys):
+    monkeypatch.setitem(clean.DROP_RULES, "too_short", lambda look: "```" in look.text)
+    assert checked() == 1
+    assert f"code{'':<16} {0:>6} {1:>6}" in capsys.readouterr().out
+
+
 def test_another_corpus_is_refused(checked):
     assert "has 1 lines for 7 conversations" in error_of(checked, [{"kind": "clean"}])

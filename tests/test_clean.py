@@ -1,6 +1,8 @@
 """Cleaning is pure, leaves clean text alone, says what it changed, and why it drops."""
 
 import json
+import random
+import re
 import subprocess
 import time
 import unicodedata
@@ -10,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prep import clean, private, tokenize_bpe
+from prep import clean, private, quality, tokenize_bpe
 from prep.clean import DROP_RULES, RULES, SETS, TEXT_RULES, Cleaner, choose_rules, tally
 from prep.look import Look
 from tests.helpers import command, error_of, prepare
@@ -221,3 +223,36 @@ def test_a_link_is_replaced_to_its_end():
     for scheme in ("http://", "HTTPS://", "ftp://", "www.", "WWW."):
         link = scheme + "abcdefghijklmnopqrstuvwxyz.org/ABCDEFGHIJKLMNOPQRSTUVWXYZ/0123456789-_~%?=&#"
         assert private.urls(f"See {link}, please") == "See [URL], please"
+
+
+def test_blocked_phrases_are_whole_words_in_any_case():
+    phrases = ("bad word", "ab", "$$$", "e-mail", "STRASSE", "a.b", "-")
+    pattern = "|".join(r"\s+".join(map(re.escape, p.casefold().split())) for p in phrases)
+    plain = re.compile(rf"(?<!\w)(?:{pattern})(?!\w)")
+    pieces = (
+        "bad",
+        "BAD",
+        "word",
+        "words",
+        " ",
+        "\n",
+        "ab",
+        "a",
+        "b",
+        ".",
+        "$$$",
+        "e",
+        "-",
+        "mail",
+        "straße",
+        "é",
+        "_",
+    )
+    rng, found = random.Random(1), 0
+    blocked = quality.Blocklist(phrases)
+    for _ in range(5000):
+        look = Look(("user",), ("".join(rng.choices(pieces, k=5)),))
+        expected = plain.search(look.text.casefold()) is not None
+        assert blocked(look) == expected, look.text
+        found += expected
+    assert 500 < found < 4500
