@@ -13,6 +13,7 @@ from pathlib import Path
 if __name__ == "__main__":  # Python put this file's folder first in sys.path: the project's root belongs there
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+import contextlib
 import gzip
 import json
 import multiprocessing
@@ -113,21 +114,21 @@ def run_prep(corpus_path: Path, output: Path, arguments: list[str]) -> tuple[flo
 def resident(process: psutil.Process) -> list[int]:
     """Resident bytes of a process and of each of its descendants."""
     sizes = []
-    try:
+    with contextlib.suppress(psutil.Error):
         for p in (process, *process.children(recursive=True)):
-            sizes.append(p.memory_info().rss)
-    except psutil.Error:
-        pass  # one ended just now
+            with contextlib.suppress(psutil.Error):  # it ended just now; the others count
+                sizes.append(p.memory_info().rss)
     return sizes
 
 
 def folder_bytes(folder: Path) -> int:
     """Bytes of the files in a folder, which may change while it is read."""
-    try:
-        with os.scandir(folder) as entries:
-            return sum(e.stat().st_size for e in entries if e.is_file())
-    except OSError:
-        return 0
+    total = 0
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            with contextlib.suppress(OSError):  # it was moved just now; the others count
+                total += entry.stat().st_size
+    return total
 
 
 def measure_scale(args: BenchFlags, path: Path, size: int, folder: Path) -> int:
