@@ -97,7 +97,4 @@ def code_version() -> str:
 def remove(work: Path, output: str) -> None:
     """Undo a failed fresh run: the output was empty or absent before it."""
     shutil.rmtree(work, ignore_errors=True)
-    if fs.is_local(output):
-        for path in fs.local_path(output).glob("*.bin*"):
-            path.unlink()
     fs.delete_folder(output)
