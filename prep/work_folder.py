@@ -41,7 +41,8 @@ def already_complete(output: str, job: dict[str, Any], *, resume: bool) -> bool:
 
 def same_job(old: dict[str, Any], new: dict[str, Any], where: str) -> None:
     """Raises UserError naming the first setting or source that differs from the interrupted run's."""
-    old_settings = old.get("settings", {})
+    old = old if isinstance(old, dict) else {}  # metadata.json can be anybody's
+    old_settings = old["settings"] if isinstance(old.get("settings"), dict) else {}
     for name, value in new["settings"].items():
         if old_settings.get(name) != value:
             raise UserError(f"{fs.redact(where)}: was begun with --{name.replace('_', '-')} {old_settings.get(name)}, "
