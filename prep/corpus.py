@@ -94,6 +94,9 @@ def find_sources(inputs: Sequence[str], fields: Fields = KNOWN_FIELDS, *, groupe
     for number, url in enumerate(inputs):
         for name, size in _usable_files(url):
             found.setdefault(name, (size, number if grouped else 0))
+    for name in found:
+        if not name.isascii() and name != name.encode(errors="replace").decode():  # a name of lone surrogates
+            raise UserError(f"{fs.redact(ascii(name))}: its name is not UTF-8: rename the file")
     files = [(url, size, group, fields) for url, (size, group) in found.items() if size > 0]
     if not files:
         raise UserError(f"{', '.join(map(fs.redact, inputs))}: the corpus is empty (0 bytes)")
@@ -170,6 +173,8 @@ def _fingerprint(url: str, size: int, head: bytes) -> str:
 def _refuse_binary(url: str, head: bytes) -> None:
     odd = sum(head.count(bytes([c])) for c in (*range(9), *range(14, 27), *range(28, 32), 127))
     what = next((text for magic, text in BINARY.items() if head.startswith(magic)), None)
+    if head[257:262] == b"ustar":
+        what = "a tar archive: unpack it first"
     if what or odd > len(head) * 0.02:
         what = what or f"{odd} control bytes in the first {len(head)}: convert it first, e.g. iconv -f UTF-16 -t UTF-8"
         raise UserError(f"{fs.redact(url)}: looks binary, not UTF-8 text ({what})")

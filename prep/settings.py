@@ -174,7 +174,10 @@ def default_output(first_input: str) -> str:
     """Beside the input and named after it: corpus.txt.gz -> corpus-tokens; a glob is named after its folder."""
     if first_input.startswith(("http://", "https://")):
         first_input = first_input.split("?")[0].rsplit("/", 1)[-1]  # cannot be written there: in this folder
-    while any(c in first_input for c in "*?["):
+    is_glob = not (
+        fs.is_local(first_input) and fs.local_path(first_input).exists()
+    )  # a file's name may hold such signs
+    while is_glob and any(c in first_input for c in "*?["):
         first_input = first_input.rpartition("/")[0] or "."
     if first_input.startswith("hf://"):
         first_input = first_input.rstrip("/").rpartition("/")[2]  # nor there

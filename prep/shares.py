@@ -17,12 +17,12 @@ def check(num_tasks: int | None, task_index: int | None, *, finish: bool, execut
     """Refuse flags that cannot be meant together."""
     if finish and task_index is not None:
         raise UserError("--finish does the rest after every --task-index: leave one of the two out")
+    if num_tasks is not None and num_tasks < 1:
+        raise UserError(f"--num-tasks {num_tasks}: expected 1 or more")
     if task_index is not None and num_tasks is None:
         raise UserError(f"--task-index {task_index}: of how many? give --num-tasks too")
     if task_index is None and num_tasks is not None and not finish:
         raise UserError(f"--num-tasks {num_tasks}: give each command its --task-index, 0 to {num_tasks - 1}")
-    if num_tasks is not None and num_tasks < 1:
-        raise UserError(f"--num-tasks {num_tasks}: expected 1 or more")
     if task_index is not None and task_index >= num_tasks:
         raise UserError(f"--task-index {task_index}: expected 0 to {num_tasks - 1}")
     if task_index is not None and executor == "ray":

@@ -4,6 +4,8 @@ import bz2
 import gzip
 import json
 import lzma
+import os
+import tarfile
 
 import pytest
 import zstandard
@@ -204,3 +206,20 @@ def test_what_a_shell_made_of_a_glob_is_one_input(tmp_path):
     assert len(corpus.plan(corpus.find_sources(names))) == 1
     assert [s.group for s in corpus.find_sources(names[1:])] == [*range(corpus.MAX_GROUPS)]
     assert len({s.group for s in corpus.find_sources(names, grouped=True)}) == len(names)
+
+
+def test_a_tar_is_refused_though_its_text_would_pass_for_a_file(tmp_path):
+    (tmp_path / "a.txt").write_text("User: hi\nAssistant: hello\n\n" * 1000)
+    archive = tmp_path / "a.txt.gz"
+    with tarfile.open(archive, "w:gz") as packed:
+        packed.add(tmp_path / "a.txt", "a.txt")
+    assert "a tar archive: unpack it first" in error_of(corpus.find_sources, [str(archive)])
+
+
+def test_a_name_that_is_not_utf8_is_refused(tmp_path):
+    """Reports and metadata name their sources, in UTF-8."""
+    path = os.fsencode(tmp_path) + b"/\xffbad.txt"
+    with open(path, "w") as f:
+        f.write("Some words.\n")
+    for named in (os.fsdecode(path), str(tmp_path)):
+        assert "not UTF-8: rename" in error_of(corpus.find_sources, [named])

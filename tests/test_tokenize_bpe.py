@@ -253,6 +253,14 @@ def test_default_output(given, expected):
     assert default_output(given) == expected
 
 
+def test_default_output_of_a_file_whose_name_looks_like_a_glob(tmp_path):
+    from prep.settings import default_output
+
+    path = tmp_path / "what? [ab]*.txt"
+    path.write_text("words")
+    assert default_output(str(path)) == str(tmp_path / "what? [ab]*-tokens")
+
+
 def bad_inputs(tmp_path, corpus, data):
     (tmp_path / "empty.txt").write_bytes(b"")
     (tmp_path / "blank.txt").write_bytes(b"\n\n \n\n")
