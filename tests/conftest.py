@@ -1,6 +1,7 @@
 """Fixtures that several test files share: an object store on loopback, and small real datasets made by the real prep."""
 
 import os
+import signal
 
 # Read when the libraries are imported. gcsfs else first asks a gRPC service that no emulator has; two threads of torch
 # on two busy cores wait for each other at every small operation: 500 steps took 90 s instead of 5.
@@ -18,6 +19,8 @@ from tests.helpers import prepare
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory):
     """Nothing in the tests reads or fills the user's cache, or is led by the user's settings."""
+    # nohup leaves SIGHUP ignored to all that it starts, which the programs respect: the tests send it to them
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     os.environ["PERENNIAL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     for name in ("PERENNIAL_DATA", "PERENNIAL_OUT", "COLAB_RELEASE_TAG"):
         os.environ.pop(name, None)
