@@ -29,22 +29,24 @@ def state(step: int) -> dict:
             "data": {"fingerprint": "f", "vocab_size": 9}}  # fmt: skip
 
 
-def save(out: str | Path, step: int, val_loss: float | None = None) -> None:
-    checkpoint.save(
-        str(out), step=step, run_id="r", attempt=1, val_loss=val_loss, tensors=tensors(step), state=state(step)
+def save(out: Path, step: int, val_loss: float | None = None, attempt: int = 1) -> checkpoint.Manifest:
+    return checkpoint.save(
+        out, step=step, run_id="r", attempt=attempt, val_loss=val_loss, tensors=tensors(step), state=state(step)
     )
 
 
-def load(out: str | Path) -> tuple[checkpoint.Checkpoint | None, list[str]]:
+def load(*places: str | Path) -> tuple[checkpoint.Checkpoint | None, list[str]]:
     warnings: list[str] = []
-    return checkpoint.load_newest(str(out), warnings.append), warnings
+    return checkpoint.load_newest(map(str, places), warnings.append), warnings
 
 
 @pytest.mark.parametrize("url", ["local", "memory://run"])
 def test_round_trip_is_exact(tmp_path, url):
     out = str(tmp_path) if url == "local" else f"{url}-{tmp_path.name}"
-    save(out, 3)
-    save(out, 12)
+    for step in (3, 12):
+        manifest = save(tmp_path, step)
+        if url != "local":
+            checkpoint.upload(tmp_path, out, manifest)
     found, warnings = load(out)
     assert (found.manifest.step, found.state, warnings) == (12, state(12), [])
     for part, named in tensors(12).items():
@@ -87,12 +89,12 @@ def test_damage_is_detected_set_aside_and_the_older_step_used(tmp_path, part, da
     if (part, damage) == ("rng.safetensors", "an older step's"):
         torch.manual_seed(99)
         save(tmp_path, 10)  # else both steps would rightly hold the same state
-    DAMAGES[damage](tmp_path / "step-00000020" / part, tmp_path / "step-00000010" / part)
+    DAMAGES[damage](tmp_path / "step-00000020-0001" / part, tmp_path / "step-00000010-0001" / part)
     found, warnings = load(tmp_path)
     assert found.manifest.step == 10
     assert len(warnings) == 1
     assert part in warnings[0]
-    assert [p.name[:13] for p in (tmp_path / "quarantine").iterdir()] == ["step-00000020"]
+    assert [p.name[:18] for p in (tmp_path / "quarantine").iterdir()] == ["step-00000020-0001"]
     assert load(tmp_path)[1] == []  # said once, settled
 
 
@@ -100,13 +102,15 @@ def test_damage_is_detected_set_aside_and_the_older_step_used(tmp_path, part, da
 def test_a_damaged_manifest_is_reported_and_set_aside_too(tmp_path, damage):
     save(tmp_path, 10)
     save(tmp_path, 20)
-    DAMAGES[damage](tmp_path / "step-00000020" / "MANIFEST.json", tmp_path / "step-00000010" / "MANIFEST.json")
+    DAMAGES[damage](
+        tmp_path / "step-00000020-0001" / "MANIFEST.json", tmp_path / "step-00000010-0001" / "MANIFEST.json"
+    )
     assert [m.step for m in checkpoint.committed(str(tmp_path))] == [10]
     found, warnings = load(tmp_path)
     assert found.manifest.step == 10
     assert len(warnings) == 1
-    assert "step-00000020 is damaged (MANIFEST.json is not whole)" in warnings[0]
-    DAMAGES[damage](tmp_path / "step-00000010" / "MANIFEST.json", tmp_path / "step-00000010" / "state.json")
+    assert "step-00000020-0001 is damaged (MANIFEST.json is not whole)" in warnings[0]
+    DAMAGES[damage](tmp_path / "step-00000010-0001" / "MANIFEST.json", tmp_path / "step-00000010-0001" / "state.json")
     for _ in range(2):  # and it stays refused
         with pytest.raises(DataError, match="every checkpoint is damaged"):
             load(tmp_path)
@@ -115,7 +119,7 @@ def test_a_damaged_manifest_is_reported_and_set_aside_too(tmp_path, damage):
 def test_a_step_without_a_manifest_does_not_exist(tmp_path):
     save(tmp_path, 10)
     save(tmp_path, 20)
-    (tmp_path / "step-00000020" / "MANIFEST.json").unlink()
+    (tmp_path / "step-00000020-0001" / "MANIFEST.json").unlink()
     assert [m.step for m in checkpoint.committed(str(tmp_path))] == [10]
     found, warnings = load(tmp_path)
     assert (found.manifest.step, warnings) == (10, [])  # what a killed save leaves is no damage
@@ -123,7 +127,7 @@ def test_a_step_without_a_manifest_does_not_exist(tmp_path):
 
 def test_no_flipped_bit_of_a_manifest_goes_unnoticed(tmp_path):
     save(tmp_path, 10)
-    path = tmp_path / "step-00000010" / "MANIFEST.json"
+    path = tmp_path / "step-00000010-0001" / "MANIFEST.json"
     good = path.read_bytes()
     fields = json.loads(good)
     for position in range(0, len(good), 3):
@@ -141,20 +145,20 @@ def test_no_flipped_bit_of_a_manifest_goes_unnoticed(tmp_path):
 def test_all_damaged_is_refused_and_never_a_fresh_start(tmp_path):
     for step in (10, 20):
         save(tmp_path, step)
-        flip_bit(tmp_path / checkpoint.step_name(step) / "model.safetensors", tmp_path)
+        flip_bit(tmp_path / checkpoint.step_name(step, 1) / "model.safetensors", tmp_path)
     with pytest.raises(DataError, match="every checkpoint is damaged and set aside"):
         load(tmp_path)
 
 
 def test_a_newer_format_is_refused_with_the_cure(tmp_path):
     save(tmp_path, 10)
-    path = tmp_path / "step-00000010" / "MANIFEST.json"
+    path = tmp_path / "step-00000010-0001" / "MANIFEST.json"
     rewrite(path, version=2)
     with pytest.raises(DataError, match="format 2 is newer than this program's 1: update"):
         load(tmp_path)
 
 
-@pytest.mark.parametrize("call", range(2 * len(checkpoint.PARTS) + 1))
+@pytest.mark.parametrize("call", range(len(checkpoint.PARTS) + 1))
 def test_a_crash_at_any_write_of_a_save_loses_only_that_step(tmp_path, monkeypatch, call):
     """SIGKILL between any two writes: BaseException stands for it, nothing catches that."""
     save(tmp_path, 10)
@@ -172,7 +176,7 @@ def test_a_crash_at_any_write_of_a_save_loses_only_that_step(tmp_path, monkeypat
         return wrapped
 
     with monkeypatch.context() as m:
-        for name in ("put_bytes", "put_file", "staged"):
+        for name in ("put_bytes", "staged"):
             m.setattr(fs, name, crashing(getattr(fs, name)))
         with pytest.raises(SystemExit):
             save(tmp_path, 20)
@@ -185,14 +189,14 @@ def test_a_crash_at_any_write_of_a_save_loses_only_that_step(tmp_path, monkeypat
 def test_retention_keeps_newest_and_best_and_ignores_torn_steps(tmp_path):
     for step, val_loss in ((10, 3.0), (20, 1.0), (30, 2.0), (40, 2.5), (50, 2.4)):
         save(tmp_path, step, val_loss)
-    for torn in ("step-00000045", "step-00000060"):  # must not count as one of the newest two
+    for torn in ("step-00000045-0001", "step-00000060-0001"):  # must not count as one of the newest two
         (tmp_path / torn).mkdir()
         (tmp_path / torn / ".model.safetensors.1-ab.tmp").write_bytes(b"half")
     checkpoint.retain(str(tmp_path), 2)
     assert [m.step for m in checkpoint.committed(str(tmp_path))] == [20, 40, 50]
-    assert not (tmp_path / "step-00000045").exists()  # what killed saves left must not fill the disk
+    assert not (tmp_path / "step-00000045-0001").exists()  # what killed saves left must not fill the disk
     save(tmp_path, 60)
-    assert {p.name for p in (tmp_path / "step-00000060").iterdir()} == {*checkpoint.PARTS, "MANIFEST.json"}
+    assert {p.name for p in (tmp_path / "step-00000060-0001").iterdir()} == {*checkpoint.PARTS, "MANIFEST.json"}
 
 
 def test_deleting_takes_the_manifest_first(tmp_path, monkeypatch):
@@ -249,7 +253,7 @@ HOSTILE_STATES = [
 def test_a_state_of_wrong_types_is_refused(tmp_path, change):
     """Hashes prove the writer's bytes, not his good will."""
     hostile = {**state(10), **change} if isinstance(change, dict) and change else change
-    checkpoint.save(str(tmp_path), step=10, run_id="r", attempt=1, val_loss=None, tensors=tensors(10), state=hostile)
+    checkpoint.save(tmp_path, step=10, run_id="r", attempt=1, val_loss=None, tensors=tensors(10), state=hostile)
     with pytest.raises(DataError, match="every checkpoint is damaged"):
         load(tmp_path)
 
@@ -267,7 +271,7 @@ def test_deleting_on_a_drive_empties_the_file_first(tmp_path, monkeypatch):
 
 def test_a_hostile_manifest_cannot_reach_outside(tmp_path):
     save(tmp_path, 10)
-    path = tmp_path / "step-00000010" / "MANIFEST.json"
+    path = tmp_path / "step-00000010-0001" / "MANIFEST.json"
     parts = json.loads(path.read_text())["parts"]
     parts["../../etc/passwd"] = parts.pop("state.json")
     rewrite(path, parts=parts)
@@ -277,14 +281,14 @@ def test_a_hostile_manifest_cannot_reach_outside(tmp_path):
 def test_loading_a_remote_run_does_not_disturb_a_save_under_way(tmp_path, monkeypatch):
     """Someone chats with the run on the machine that trains it: both have files of it on their way."""
     out = f"memory://busy-{tmp_path.name}"
-    save(out, 10)
-    real, loads = checkpoint.save_file, []
+    checkpoint.upload(tmp_path, out, save(tmp_path, 10))
+    real, loads = fs.put_file, []
 
-    def save_file(named, path):
-        real(named, path)
+    def put_file(url, path):
+        real(url, path)
         loads.append(load(out)[0].manifest.step)
 
-    monkeypatch.setattr(checkpoint, "save_file", save_file)
-    save(out, 20)
-    assert loads == [10, 10, 10]
+    monkeypatch.setattr(fs, "put_file", put_file)
+    checkpoint.upload(tmp_path, out, save(tmp_path, 20))
+    assert loads == [10, 10, 10, 10]
     assert load(out)[0].manifest.step == 20

@@ -13,6 +13,7 @@ import torch
 
 from tests.helpers import command, error_of, files, prepare, result, start, train
 from train import checkpoint, run
+from train.saver import Saver
 
 SMALL = ("--model", "tiny", "--n-embd", 32, "--n-head", 2, "--block-size", 32, "--batch", 8, "--device", "cpu",
          "--log-every", 4, "--eval-every", 8, "--eval-tokens", 512, "--sample-every", 0, "--save-every-minutes", 0)  # fmt: skip
@@ -23,8 +24,11 @@ class Killed(BaseException):
 
 
 def train_until_killed(monkeypatch, step, *flags):
-    """Train, and die in the middle of that step (after its forward and backward pass, before it counts)."""
-    real, calls = run.train_step, 0
+    """Train, and die in the middle of that step (after its forward and backward pass, before it counts).
+
+    A save that was in flight is let end: its thread lives on in this process, as it would not after a real SIGKILL.
+    """
+    real, calls, savers = run.train_step, 0, []
 
     def dying(*args, **kwargs):
         nonlocal calls
@@ -36,8 +40,10 @@ def train_until_killed(monkeypatch, step, *flags):
 
     with monkeypatch.context() as m:
         m.setattr(run, "train_step", dying)
+        m.setattr(run, "Saver", lambda *args, **kwargs: savers.append(Saver(*args, **kwargs)) or savers[-1])
         with pytest.raises(Killed):
             train(*flags)
+        savers[0].finish(60)
 
 
 def windows_per_epoch(data):
@@ -170,12 +176,12 @@ def test_a_damaged_newest_checkpoint_costs_one_interval_not_the_result(data, tmp
     flags = ("--data", data, "--steps", 20, "--save-every", 5, *SMALL, "--resume")
     assert train(*flags, "--out", tmp_path / "quiet") == 0
     train_until_killed(monkeypatch, 17, *flags, "--out", tmp_path / "hurt")
-    part = tmp_path / "hurt" / "step-00000015" / "optimizer.safetensors"
+    part = tmp_path / "hurt" / "step-00000015-0001" / "optimizer.safetensors"
     raw = bytearray(part.read_bytes())
     raw[-1] ^= 1
     part.write_bytes(raw)
     assert train(*flags, "--out", tmp_path / "hurt") == 0
-    assert "step-00000015 is damaged (optimizer.safetensors has another sha256" in capsys.readouterr().err
+    assert "step-00000015-0001 is damaged (optimizer.safetensors has another sha256" in capsys.readouterr().err
     assert result(tmp_path / "hurt") == result(tmp_path / "quiet")
 
 

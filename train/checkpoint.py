@@ -1,8 +1,10 @@
 """Checkpoints, format version 1: committed by a manifest written last, verified when loaded, no pickle anywhere.
 
-    OUT/step-00012000/model.safetensors  optimizer.safetensors  rng.safetensors  state.json  MANIFEST.json
+    OUT/step-00012000-0003/model.safetensors  optimizer.safetensors  rng.safetensors  state.json  MANIFEST.json
 
-A step without a valid manifest does not exist: `read_manifest` decides that for loading, listing and retention alike.
+The folder's name is the step and the attempt (the start of the trainer) that wrote it: a trainer that woke up late can
+never touch what its successor saved. A step without a valid manifest does not exist: `read_manifest` decides that for
+loading, listing and retention alike.
 """
 
 import contextlib
@@ -12,24 +14,25 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from store import fs
 from store.errors import DataError, NotFound, StoreError
 from store.shards import default_cache
+from train.tensor_file import write_tensors
 
 FORMAT, VERSION = "perennial-checkpoint", 1
 MANIFEST = "MANIFEST.json"
 TENSOR_PARTS = ("model.safetensors", "optimizer.safetensors", "rng.safetensors")
 PARTS = (*TENSOR_PARTS, "state.json")
-STEP_NAME = re.compile(r"step-(\d{8,})")
+STEP_NAME = re.compile(r"step-(\d{8,})(?:-(\d{4,}))?")  # the first runs had no attempt in their names
 
 
 class NewerFormat(DataError):
@@ -47,11 +50,16 @@ class Manifest:
     attempt: int
     val_loss: float | None
     parts: dict[str, dict[str, Any]]  # name -> {"bytes", "sha256"}
+    name: str  # of its folder; not in the file
 
     @property
-    def name(self) -> str:
-        """The step's folder."""
-        return step_name(self.step)
+    def n_bytes(self) -> int:
+        """Bytes of all parts."""
+        return sum(p["bytes"] for p in self.parts.values())
+
+    def fields(self) -> dict[str, Any]:
+        """What MANIFEST.json holds, but for its own hash."""
+        return {k: v for k, v in asdict(self).items() if k != "name"}
 
 
 @dataclass(frozen=True)
@@ -59,13 +67,20 @@ class Checkpoint:
     """A loaded, verified checkpoint, tensors on the CPU."""
 
     manifest: Manifest
+    place: str  # the run folder it was found in
     tensors: dict[str, dict[str, Tensor]]  # by part name
     state: dict[str, Any]
 
 
-def step_name(step: int) -> str:
-    """`step-00012000`."""
-    return f"step-{step:08d}"
+def step_name(step: int, attempt: int) -> str:
+    """`step-00012000-0003`."""
+    return f"step-{step:08d}-{attempt:04d}"
+
+
+def age(name: str) -> tuple[int, int]:
+    """(attempt, step) of a step folder: the order of time. A later attempt is newer whatever its step."""
+    m = STEP_NAME.fullmatch(name)
+    return int(m[2] or 0), int(m[1])
 
 
 # ---- what exists ----------------------------------------------------------------------------------------------------
@@ -83,68 +98,103 @@ def read_manifest(out: str, name: str) -> Manifest | None:
         if data["version"] > VERSION:
             raise NewerFormat(f"{fs.redact(fs.join(out, name))}: checkpoint format {data['version']} is newer than this "
                             f"program's {VERSION}: update the program")  # fmt: skip
-        manifest = Manifest(**data)
+        manifest = Manifest(**data, name=name)
         whole = set(manifest.parts) == set(PARTS) and all(
             isinstance(p["bytes"], int) and re.fullmatch("[0-9a-f]{64}", p["sha256"]) for p in manifest.parts.values()
         )
-        return manifest if whole and manifest.name == name else None
+        mine = (step_name(manifest.step, manifest.attempt), f"step-{manifest.step:08d}")
+        return manifest if whole and name in mine else None
     except (NotFound, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
 def committed(out: str) -> list[Manifest]:
     """The steps that exist, oldest first."""
-    found = [read_manifest(out, name) for name in _step_names(out)]
-    return sorted((m for m in found if m), key=lambda m: m.step)
+    return [m for m in (read_manifest(out, name) for name in step_names(out)) if m]
 
 
-def _step_names(out: str) -> list[str]:
-    return [e.name for e in fs.list_folder(out) if STEP_NAME.fullmatch(e.name)]
+def step_names(out: str) -> list[str]:
+    """The step folders there, oldest first, whole or not."""
+    return sorted((e.name for e in fs.list_folder(out) if STEP_NAME.fullmatch(e.name)), key=age)
 
 
 # ---- saving ---------------------------------------------------------------------------------------------------------
 
 
 def save(
-    out: str, *, step: int, run_id: str, attempt: int, val_loss: float | None,
-    tensors: dict[str, dict[str, Tensor]], state: dict[str, Any],
+    out: Path, *, step: int, run_id: str, attempt: int, val_loss: float | None,
+    tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], fence: Callable[[], object] = lambda: None,
 ) -> Manifest:  # fmt: skip
-    """Write and commit one step at any URL. Raises StoreError; then the step does not exist and older ones stay.
+    """Write and commit one step in a local folder; `fence` is called before the commit and may raise.
 
-    What an earlier, killed save left under the same name is removed first.
+    Raises StoreError; then the step does not exist and older ones stay.
     """
-    url = fs.join(out, step_name(step))
-    fs.delete_folder(url, first=MANIFEST)
+    folder = out / step_name(step, attempt)
+    fs.delete_folder(str(folder), first=MANIFEST)  # what an earlier try of the same save left
+    _check_room(out, sum(t.nbytes for named in tensors.values() for t in named.values()))
     try:
-        parts = {name: _write_part(out, url, name, tensors, state) for name in PARTS}
+        parts = {
+            name: _write_part(folder / name, lambda f, t=tensors[name]: write_tensors(f, t)) for name in TENSOR_PARTS
+        }
+        parts["state.json"] = _write_part(
+            folder / "state.json", lambda f: f.write(json.dumps(state, indent=1).encode())
+        )
+        fence()
+        manifest = Manifest(FORMAT, VERSION, step, run_id, attempt, val_loss, parts, folder.name)
+        signed = {**manifest.fields(), "sha256": _manifest_hash(manifest.fields())}
+        fs.put_bytes(str(folder / MANIFEST), json.dumps(signed, indent=1).encode())
     except StoreError:
         with contextlib.suppress(StoreError):
-            fs.delete_folder(url)  # a full disk needs the room more than half a checkpoint does
+            fs.delete_folder(str(folder))  # a full disk needs the room more than half a checkpoint does
         raise
-    manifest = Manifest(FORMAT, VERSION, step, run_id, attempt, val_loss, parts)
-    signed = {**asdict(manifest), "sha256": _manifest_hash(asdict(manifest))}
-    fs.put_bytes(fs.join(url, MANIFEST), json.dumps(signed, indent=1).encode())
     return manifest
 
 
-def _write_part(
-    out: str, url: str, name: str, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]
-) -> dict[str, Any]:
-    """Publish one part whole; its size and sha256."""
-    path = (fs.local_path(url) if fs.is_local(url) else _staging(out) / "save") / name
+def upload(source: Path, out: str, manifest: Manifest, *, fence: Callable[[], object] = lambda: None) -> None:
+    """Copy a step committed in the folder `source` to any URL and commit it there. Raises StoreError, or what `fence` does.
+
+    Each part is proved before it goes, and by the store's own size and hash once it is there.
+    """
+    for name, part in manifest.parts.items():
+        path = source / manifest.name / name
+        _prove(path, part)
+        fs.put_file(fs.join(out, manifest.name, name), path)
+    fence()
+    fs.put_bytes(fs.join(out, manifest.name, MANIFEST), (source / manifest.name / MANIFEST).read_bytes())
+
+
+class _HashingFile:
+    """A file that knows the sha256 of what was written to it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.sha256, self.n_bytes = file, hashlib.sha256(), 0
+
+    def write(self, data: memoryview | bytes) -> None:
+        self.sha256.update(data)
+        self.file.write(data)
+        self.n_bytes += len(data)
+
+
+def _write_part(path: Path, write: Callable[[_HashingFile], object]) -> dict[str, Any]:
+    """One part, which appears only when whole; its size and sha256."""
     try:
         with fs.staged(path) as staged:
-            if name in TENSOR_PARTS:
-                save_file({k: v.detach().contiguous() for k, v in tensors[name].items()}, staged)
-            else:
-                staged.write_text(json.dumps(state, indent=1), "utf-8")
-        part = {"bytes": path.stat().st_size, "sha256": fs.sha256_file(path)}
-    except (SafetensorError, OSError) as e:
-        raise StoreError(f"{fs.redact(url)}: cannot write {name}: {e}") from e
-    fs.put_file(fs.join(url, name), path)
-    if not fs.is_local(url):
-        path.unlink()
+            with open(staged, "wb") as f:
+                hashing = _HashingFile(f)
+                write(hashing)
+            part = {"bytes": hashing.n_bytes, "sha256": hashing.sha256.hexdigest()}
+    except OSError as e:
+        raise StoreError(f"{path.parent}: cannot write {path.name}: {e.strerror or e}") from e
     return part
+
+
+def _check_room(out: Path, n_bytes: int) -> None:
+    """Raise StoreError at once where a save cannot fit, instead of filling the disk with a part of it."""
+    with contextlib.suppress(OSError):  # a mount that does not tell
+        out.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(out).free
+        if free < n_bytes:
+            raise StoreError(f"{out}: no space left: {free >> 20} MiB free, a checkpoint takes {n_bytes >> 20}")
 
 
 def _manifest_hash(fields: dict[str, Any]) -> str:
@@ -152,48 +202,50 @@ def _manifest_hash(fields: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
-def retain(out: str, keep: int) -> None:
-    """Delete all committed steps but the newest `keep` and the best by validation loss; manifests go first.
+def retain(out: str, keep: int, *, spare: str | None = None) -> None:
+    """Delete all committed steps but the newest `keep`, the best by validation loss and `spare`; manifests go first.
 
     Steps without a manifest before the newest one are what killed saves left: they go too, or they would fill the disk.
     """
     manifests = committed(out)
-    for name in _step_names(out):
-        if manifests and name < manifests[-1].name and not fs.exists(fs.join(out, name, MANIFEST)):
+    for name in step_names(out):
+        if manifests and age(name) < age(manifests[-1].name) and not fs.exists(fs.join(out, name, MANIFEST)):
             fs.delete_folder(fs.join(out, name))
     scored = [m for m in manifests if m.val_loss is not None]
-    best = min(scored, key=lambda m: (m.val_loss, -m.step)).step if scored else None
+    best = min(scored, key=lambda m: (m.val_loss, -m.step)).name if scored else None
     for m in manifests[:-keep]:
-        if m.step != best:
+        if m.name not in (best, spare):
             fs.delete_folder(fs.join(out, m.name), first=MANIFEST)
 
 
 # ---- loading --------------------------------------------------------------------------------------------------------
 
 
-def load_newest(out: str, warn: Callable[[str], None]) -> Checkpoint | None:
-    """The newest step whose every byte proves right; damaged ones are reported and set aside under OUT/quarantine.
+def load_newest(places: Iterable[str], warn: Callable[[str], None], *, also: Iterable[str] = ()) -> Checkpoint | None:
+    """The newest step in any of the `places` whose every byte proves right; the first place is asked first.
 
+    Damaged ones are reported and set aside under quarantine/. `also` names step folders that a listing may not show yet.
     None when no step was ever committed. Raises DataError when steps exist and none is sound: never a silent restart.
     """
-    damaged = 0
-    for name in sorted(_step_names(out), reverse=True):
-        if not fs.exists(fs.join(out, name, MANIFEST)):
+    places, damaged = tuple(places), 0
+    found = {(place, name) for place in places for name in (*step_names(place), *filter(STEP_NAME.fullmatch, also))}
+    for place, name in sorted(found, key=lambda f: (age(f[1]), -places.index(f[0])), reverse=True):
+        if not fs.exists(fs.join(place, name, MANIFEST)):
             continue  # a save that was killed: it was never promised
         try:
-            manifest = read_manifest(out, name)
+            manifest = read_manifest(place, name)
             if manifest is None:
                 raise DataError(f"{MANIFEST} is not whole")
-            return load(out, manifest)
+            return load(place, manifest)
         except DataError as e:
             if isinstance(e, NewerFormat):
                 raise
             damaged += 1
-            aside = fs.join(out, "quarantine", f"{name}-{secrets.token_hex(4)}")
+            aside = fs.join(place, "quarantine", f"{name}-{secrets.token_hex(4)}")
             warn(f"checkpoint {name} is damaged ({e}); set aside as {fs.redact(aside)}")
-            fs.move_folder(fs.join(out, name), aside)
-    if damaged or any(STEP_NAME.match(e.name) for e in fs.list_folder(fs.join(out, "quarantine"))):
-        raise DataError(f"{fs.redact(out)}: every checkpoint is damaged and set aside under quarantine/: "
+            fs.move_folder(fs.join(place, name), aside)
+    if damaged or any(STEP_NAME.match(e.name) for p in places for e in fs.list_folder(fs.join(p, "quarantine"))):
+        raise DataError(f"{fs.redact(places[-1])}: every checkpoint is damaged and set aside under quarantine/: "
                         "restore one, or start again with another --out")  # fmt: skip
     return None
 
@@ -209,7 +261,7 @@ def load(out: str, manifest: Manifest, parts: tuple[str, ...] = PARTS) -> Checkp
         tensors = {name: load_file(path) for name, path in paths.items() if name in TENSOR_PARTS}
         state = json.loads(paths["state.json"].read_bytes())
         _check_state(state, manifest)
-        return Checkpoint(manifest, tensors, state)
+        return Checkpoint(manifest, out, tensors, state)
     except (SafetensorError, ValueError, RecursionError) as e:
         raise DataError(f"{fs.redact(url)}: unreadable ({e})") from e
     finally:
@@ -233,23 +285,31 @@ def _check_state(state: Any, manifest: Manifest) -> None:
 
 
 def _staging(out: str) -> Path:
-    """Where parts of a remote run lie on their way: one folder per run, so that a killed save leaves at most one state."""
+    """Where the fetched parts of a remote run lie while they are read."""
     return default_cache() / "staging" / hashlib.sha256(out.encode()).hexdigest()[:16]
 
 
 def _proved(url: str, part: dict[str, Any], copy: Path) -> Path:
     """A local path with exactly the bytes of the manifest: the file itself, or a fetched copy."""
-    path = fs.local_path(url)
-    if not fs.is_local(url):
-        try:
-            fs.get_file(url, copy, sha256=part["sha256"])
-        except NotFound as e:
-            raise DataError(f"{Path(url).name} is missing") from e
-        return copy
+    if fs.is_local(url):
+        path = fs.local_path(url)
+        _prove(path, part)
+        return path
+    try:
+        fs.get_file(url, copy, sha256=part["sha256"])
+    except NotFound as e:
+        raise DataError(f"{Path(url).name} is missing") from e
+    return copy
+
+
+def _prove(path: Path, part: dict[str, Any]) -> None:
+    """Raise DataError unless the file has the size and the sha256 of the manifest."""
     if not path.is_file():
         raise DataError(f"{path.name} is missing")
-    if path.stat().st_size != part["bytes"]:
-        raise DataError(f"{path.name} has {path.stat().st_size} bytes, expected {part['bytes']}")
-    if fs.sha256_file(path) != part["sha256"]:
-        raise DataError(f"{path.name} has another sha256 than its manifest")
-    return path
+    try:
+        if path.stat().st_size != part["bytes"]:
+            raise DataError(f"{path.name} has {path.stat().st_size} bytes, expected {part['bytes']}")
+        if fs.sha256_file(path) != part["sha256"]:
+            raise DataError(f"{path.name} has another sha256 than its manifest")
+    except OSError as e:  # a bad sector
+        raise DataError(f"{path.name} cannot be read: {e.strerror or e}") from e

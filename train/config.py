@@ -12,13 +12,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cli.errors import UserError
-from cli.flags import flag
+from cli.flags import flag, number
 from gpt.model import GPTConfig
 from gpt.presets import preset
 from store import fs
 from store.errors import DataError
 
 DRIVE = Path("/content/drive/MyDrive")
+AUTO = "auto"
+
+
+def steps_or_auto(text: str) -> int | str:
+    """`auto`, or a number of steps. Raises ValueError."""
+    return AUTO if text == AUTO else number(text)
 
 
 @dataclass(frozen=True)
@@ -85,8 +91,14 @@ class TrainConfig:
     prompts: tuple[str, ...] = flag(
         ("What is the capital of France?", "Hello! How are you?"), "fixed prompts of the samples"
     )
-    save_every: int = flag(0, "steps between checkpoints; 0: by time only")
+    save_every: int | str = flag(
+        0,
+        "steps between checkpoints; 0: by time only; auto: as often as pays, from what a save costs and --preemption-minutes",
+        parse=steps_or_auto,
+    )
     save_every_minutes: float = flag(5.0, "minutes between checkpoints; 0: by steps only")
+    preemption_minutes: float = flag(60.0, "mean time between preemptions, for --save-every auto")
+    max_unsaved_minutes: float = flag(60.0, "stop when no checkpoint could be stored for so long; 0: never stop for it")
     keep: int = flag(2, "newest checkpoints to keep; the best by validation loss is kept too")
 
     @property
@@ -106,6 +118,8 @@ LOGGING = (
     "prompts",
     "save_every",
     "save_every_minutes",
+    "preemption_minutes",
+    "max_unsaved_minutes",
     "keep",
 )
 FREE = frozenset({*RUN_LENGTH, *FORGOTTEN, *LOGGING})
@@ -126,10 +140,11 @@ def check(config: TrainConfig) -> None:
         raise UserError("--epochs 0: expected more than 0")
     at_least = {"steps": 1, "epochs": 0, "tokens": 1, "batch": 1, "micro_batch": 1, "warmup": 0, "lr": 0, "clip": 0,
                 "weight_decay": 0, "log_every": 1, "eval_every": 0, "eval_tokens": 1, "sample_every": 0,
-                "save_every": 0, "save_every_minutes": 0, "keep": 1, "block_size": 1}  # fmt: skip
+                "save_every": 0, "save_every_minutes": 0, "preemption_minutes": 0, "max_unsaved_minutes": 0, "keep": 1,
+                "block_size": 1}  # fmt: skip
     for name, least in at_least.items():
         value = getattr(config, name)
-        if value is not None and not value >= least:
+        if value is not None and value != AUTO and not value >= least:
             raise UserError(f"--{name.replace('_', '-')} {value}: expected {least} or more")
     for name in ("lr_floor", "decay_fraction", "beta1", "beta2"):
         value = getattr(config, name)

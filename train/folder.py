@@ -1,4 +1,4 @@
-"""The run folder: identity, metrics, events and samples, kept locally and mirrored when --out is a URL.
+"""The run folder: identity, metrics, events and samples, kept on this machine and mirrored where --out is elsewhere.
 
 OUT/config.json  metrics.jsonl  events.jsonl  tokenizer.json  samples/step-00001000.txt  step-…/ (train/checkpoint.py)
 """
@@ -8,7 +8,9 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +25,27 @@ LOCK = ".lock"
 KEPT = ("metrics.jsonl", "events.jsonl")
 
 
+class Fenced(StoreError):
+    """Another trainer has taken the run over: this one may not commit any more."""
+
+
 class RunFolder:
-    """One training run at any URL. Logs are appended to local files; `publish` mirrors them beside each checkpoint."""
+    """One training run at any URL.
+
+    `local` is where this machine writes: `url` itself, or, where that is a bucket or a mounted Drive, a folder of the cache
+    that holds the logs and the newest checkpoints too (the local tier), from which a Mirror feeds `url`.
+    """
 
     def __init__(self, url: str, cache: Path | None = None) -> None:
         self.url, self.run_id, self.attempt = url, "", 0
         self.stored_config: dict[str, Any] | None = None
         self.held = False
         self.unwritten: dict[str, str] = {}  # lines of logs that could not be appended yet
-        remote = (cache or default_cache()) / "runs" / hashlib.sha256(url.encode()).hexdigest()[:16]
-        self.local = fs.local_path(url) if fs.is_local(url) else remote
+        self.writing = threading.Lock()  # the loop and the saving threads log
+        self.two_tiers = not fs.is_local(url) or fs.local_path(url).is_relative_to(fs.DRIVE)
+        mine = (cache or default_cache()) / "runs" / hashlib.sha256(url.encode()).hexdigest()[:16]
+        self.local = mine if self.two_tiers else fs.local_path(url)
+        self.published: dict[str, int] = {}  # bytes of each file that the mirror has brought to `url`
 
     def is_a_run(self, *, resume: bool) -> bool:
         """True when a run is to be gone on with, False when the place is free. Writes nothing.
@@ -40,14 +53,16 @@ class RunFolder:
         Raises UserError without `resume` when anything is there, and with it when something else is.
         """
         if fs.is_local(self.url):
-            there = next(p for p in (self.local.absolute(), *self.local.absolute().parents) if p.exists())
+            path = fs.local_path(self.url).absolute()
+            there = next(p for p in (path, *path.parents) if p.exists())
             if not there.is_dir() or not os.access(there, os.W_OK):
                 what = "cannot be written" if there.is_dir() else "is a file"
                 raise UserError(f"--out {self.url}: {there} {what}: give a folder that can be made and written")
         names = [e.name for e in fs.list_folder(self.url)]
         # a start that was killed before config.json was there can have left these
         if all(
-            n in (*KEPT, LOCK, "samples", "tokenizer.json") or (n.startswith(".") and n.endswith(".tmp")) for n in names
+            n in (*KEPT, LOCK, "samples", "leases", "tokenizer.json") or (n.startswith(".") and n.endswith(".tmp"))
+            for n in names
         ):
             return False
         where = fs.redact(self.url)
@@ -56,13 +71,10 @@ class RunFolder:
                             "or give another --out")  # fmt: skip
         if "config.json" in names:
             try:
-                data = json.loads(fs.read_bytes(fs.join(self.url, "config.json")))
-                if data["format"] == FORMAT and data["version"] > VERSION:
-                    raise DataError(
-                        f"{where}: run format {data['version']} is newer than this program's {VERSION}: update it"
-                    )
-                if data["format"] == FORMAT:
-                    self.run_id, self.stored_config = str(data["run_id"]), dict(data["config"])
+                data = _identity(self.url)
+                if data is not None:
+                    self.run_id, self.attempt = str(data["run_id"]), int(data.get("attempt", 0))
+                    self.stored_config = dict(data["config"])
                     return True
             except (ValueError, KeyError, TypeError) as e:
                 if any(checkpoint.STEP_NAME.fullmatch(n) for n in names):
@@ -74,74 +86,124 @@ class RunFolder:
         raise UserError(f"{where}: holds something that is not a run ({names[0]} …): give another --out")
 
     def hold(self) -> None:
-        """Become the one process of this machine that writes here. Raises StoreError while another one is."""
+        """Become the one process that writes here. Raises StoreError while another one is."""
         if not self.held:
             lock.hold(self.local / LOCK)
             self.held = True
 
+    def fence(self) -> None:
+        """Called before every commit: raises Fenced when another trainer has taken the run over."""
+
+    def places(self) -> list[str]:
+        """Where this run's checkpoints are, the nearest first."""
+        return [str(self.local), self.url] if self.two_tiers and self._local_is_current() else [self.url]
+
+    def _local_is_current(self) -> bool:
+        """True when this machine was the last to write to the run: nobody went on with it elsewhere since."""
+        try:
+            data = _identity(str(self.local))
+            return data is not None and data["run_id"] == self.run_id and int(data["attempt"]) >= self.attempt
+        except (NotFound, ValueError, KeyError, TypeError, DataError):
+            return False
+
     def open(self, config: dict[str, Any], tokenizer_json: str, *, step: int) -> None:
         """Begin an attempt at `step`: write identity on the first, cut the logs back to the step on a later one."""
         self.hold()
+        if self.two_tiers and not self._local_is_current():
+            self._begin_local_tier()
         self.run_id = self.run_id or secrets.token_hex(4)
-        identity = {"format": FORMAT, "version": VERSION, "run_id": self.run_id, "config": config}
-        fs.put_bytes(fs.join(self.url, "config.json"), json.dumps(identity, indent=1).encode())
-        self.local.mkdir(parents=True, exist_ok=True)
-        fs.delete_leftovers(self.url)
-        if not fs.is_local(self.url):
-            for name in KEPT:
-                try:
-                    fs.put_bytes(str(self.local / name), fs.read_bytes(fs.join(self.url, name)))
-                except NotFound:
-                    (self.local / name).unlink(missing_ok=True)
-        self.attempt = 1 + sum(e.get("event") == "start" for e in read_lines(self.local / "events.jsonl"))
+        fs.delete_leftovers(str(self.local))
+        started = sum(e.get("event") == "start" for e in read_lines(self.local / "events.jsonl"))
+        self.attempt = max(self.attempt, started) + 1
         # what was logged after the checkpoint will happen, and be logged, again
         kept = [m for m in read_lines(self.local / "metrics.jsonl") if m.get("step", 0) <= step]
         fs.put_bytes(str(self.local / "metrics.jsonl"), b"".join(json.dumps(m).encode() + b"\n" for m in kept))
+        identity = {
+            "format": FORMAT,
+            "version": VERSION,
+            "run_id": self.run_id,
+            "attempt": self.attempt,
+            "config": config,
+        }
+        # the local one first: until both name this attempt, the local tier counts as the newer, which it is
+        for place in dict.fromkeys((str(self.local), self.url)):
+            fs.put_bytes(fs.join(place, "config.json"), json.dumps(identity, indent=1).encode())
         fs.put_bytes(fs.join(self.url, "tokenizer.json"), tokenizer_json.encode())
         self.event("start", step=step)
+
+    def _begin_local_tier(self) -> None:
+        """Empty the local tier of what another run left, or of what is history since another machine went on."""
+        for path in self.local.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != LOCK:
+                path.unlink()
+        for name in KEPT:
+            try:
+                fs.put_bytes(str(self.local / name), fs.read_bytes(fs.join(self.url, name)))
+            except NotFound:
+                continue
 
     def metrics(self, lines: list[dict[str, Any]]) -> None:
         """Append lines to metrics.jsonl; they reach the kernel at once, so a killed process loses none."""
         self._append("metrics.jsonl", lines)
 
     def event(self, event: str, **fields: Any) -> None:
-        """Append one line to events.jsonl: what happened, when, in which attempt."""
+        """Append one line to events.jsonl: what happened, when, in which attempt. Any thread may."""
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
         self._append("events.jsonl", [{"time": now, "attempt": self.attempt, "event": event, **fields}])
 
     def _append(self, name: str, lines: list[dict[str, Any]]) -> None:
         """Append now, or with the next lines where the place is away or full: training does not stop for its log."""
-        self.unwritten[name] = self.unwritten.get(name, "") + "".join(json.dumps(line) + "\n" for line in lines)
-        path = self.local / name
-        try:
-            whole = path.stat().st_size if path.exists() else 0
+        with self.writing:
+            self.unwritten[name] = self.unwritten.get(name, "") + "".join(json.dumps(line) + "\n" for line in lines)
+            path = self.local / name
             try:
-                with open(path, "a", encoding="utf-8") as f:
-                    f.write(self.unwritten[name])
-            except OSError:
-                os.truncate(path, whole)  # half of the lines may be there: they are all to come again
-                raise
-            self.unwritten[name] = ""
-        except OSError as e:
-            self.warn(f"{name} cannot be written now ({e.strerror}); its lines wait")
+                whole = path.stat().st_size if path.exists() else 0
+                try:
+                    with open(path, "a", encoding="utf-8") as f:
+                        f.write(self.unwritten[name])
+                except OSError:
+                    os.truncate(path, whole)  # half of the lines may be there: they are all to come again
+                    raise
+                self.unwritten[name] = ""
+            except OSError as e:
+                self.warn(f"{name} cannot be written now ({e.strerror}); its lines wait")
 
     def sample(self, step: int, text: str) -> None:
         """Keep a step's samples, where the storage lets us."""
         try:
-            fs.put_bytes(fs.join(self.url, "samples", f"{checkpoint.step_name(step)}.txt"), text.encode())
+            fs.put_bytes(str(self.local / "samples" / f"step-{step:08d}.txt"), text.encode())
         except StoreError as e:
             self.warn(f"samples of step {step} were not kept: {e}")
 
     def publish(self) -> None:
-        """Mirror the logs to a remote --out. Raises StoreError."""
-        if not fs.is_local(self.url):
-            for name in KEPT:
-                if (self.local / name).exists():
-                    fs.put_file(fs.join(self.url, name), self.local / name)
+        """Bring logs and samples that are new to `url`, where that is elsewhere. Raises StoreError. For one thread."""
+        if not self.two_tiers:
+            return
+        samples = sorted(p.relative_to(self.local) for p in (self.local / "samples").glob("*.txt"))
+        for name in (*KEPT, *map(str, samples)):
+            with self.writing:
+                data = (self.local / name).read_bytes() if (self.local / name).exists() else b""
+            if len(data) != self.published.get(name, 0):
+                fs.put_bytes(fs.join(self.url, name), data)
+                self.published[name] = len(data)
 
     def warn(self, message: str) -> None:
         """One line on stderr."""
         print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def _identity(place: str) -> dict[str, Any] | None:
+    """config.json of a run; None where it is something else's. Raises NotFound, ValueError, DataError (newer format)."""
+    data = json.loads(fs.read_bytes(fs.join(place, "config.json")))
+    if data["format"] != FORMAT:
+        return None
+    if data["version"] > VERSION:
+        raise DataError(
+            f"{fs.redact(place)}: run format {data['version']} is newer than this program's {VERSION}: update it"
+        )
+    return data
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -5,8 +5,6 @@ import signal
 import sys
 from types import FrameType
 
-STOPPED = 75  # exit code: stopped before the end, run the same command again (EX_TEMPFAIL)
-
 
 class StopSignal:
     """Call it anywhere to ask whether to stop. A second signal leaves at once: what is committed stays committed."""
@@ -23,6 +21,10 @@ class StopSignal:
         self.name = signal.Signals(number).name
         # os.write: print can deadlock when the signal came in the middle of one
         os.write(sys.stderr.fileno(), f"\n{self.name}: saving, then stopping; once more to leave at once\n".encode())
+
+    def seconds_left(self) -> float:
+        """Of the grace between being told to stop and being killed."""
+        return 30.0
 
     def __call__(self) -> bool:
         return self.name is not None

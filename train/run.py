@@ -12,31 +12,30 @@ if __name__ == "__main__":  # Python put this file's folder first in sys.path: t
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import dataclasses
-import time
+from collections.abc import Callable
 
 import torch
 
 from cli import flags
 from cli.errors import UserError
-from store.errors import StoreError
 from train import checkpoint
 from train import config as settings
 from train.batches import Batches, validation_windows
 from train.config import TrainConfig
 from train.data import Data, open_data, same_data
-from train.folder import RunFolder
+from train.exits import DIVERGED, FENCED, FINISHED, STOPPED, UNSAVED
+from train.folder import Fenced, RunFolder
 from train.log import TrainLog, describe, show_samples, summarize
 from train.precision import Machine, choose_machine, choose_micro_batch
-from train.preempt import STOPPED, StopSignal
+from train.preempt import StopSignal
+from train.saver import Saver, Unsaved
 from train.schedule import learning_rate
-from train.state import State, checkpoint_fits, new_state, restore, save_state
+from train.state import State, checkpoint_fits, new_state, restore, state_record, state_tensors
 from train.step import to_device, train_step, validation_loss
-
-DIVERGED = 3  # exit code: the loss or gradient is no longer a number; the last good checkpoint is intact
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train. Returns 0 when finished, 75 when stopped by a signal, 3 when diverged; raises USER_ERRORS."""
+    """Train. Returns one of train/exits.py; raises USER_ERRORS."""
     stop = StopSignal()
     config, given = flags.parse(TrainConfig, argv, prog="run.py", description=__doc__.split("\n")[0])
     settings.check(config)
@@ -50,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     found = None
     if folder.is_a_run(resume=config.resume):
         folder.hold()  # before looking: what a living trainer is just deleting would seem damaged
-        found = checkpoint.load_newest(config.out, folder.warn)
+        found = checkpoint.load_newest(folder.places(), folder.warn)
     if found:
         config = settings.merge_resumed(found.state["config"], config, given)
     elif (
@@ -79,14 +78,24 @@ def main(argv: list[str] | None = None) -> int:
     state = new_state(config, shape, machine)
     if found:
         restore(state, found, machine)
-        del found  # a second copy of weights and moments is not wanted while training
     folder.open(settings.stored_form(config), data.tokenizer.json_text, step=state.step)
+    saver = Saver(config, folder, machine, step=state.step)
+    if found:
+        saver.resumed(found.manifest, found.place)
+        del found  # a second copy of weights and moments is not wanted while training
     describe(config, shape, machine, data, folder, state, total)
-    if state.step >= total:
-        print(f"finished already: step {state.step} of {total}; give a larger --steps, --epochs or --tokens to go on")
-        return 0
     try:
-        return train(config, state, data, batches, folder, machine, total, stop)
+        if state.step >= total:
+            saver.finish()
+            print(
+                f"finished already: step {state.step} of {total}; give a larger --steps, --epochs or --tokens to go on"
+            )
+            return FINISHED
+        return train(config, state, data, batches, folder, saver, machine, total, stop)
+    except (Unsaved, Fenced) as e:
+        folder.event("fenced" if isinstance(e, Fenced) else "unsaved", step=state.step)
+        print(f"error: {e}", file=sys.stderr)
+        return FENCED if isinstance(e, Fenced) else UNSAVED
     except torch.OutOfMemoryError as e:
         smaller = max(1, config.micro_batch // 2)
         raise UserError(f"out of GPU memory with --micro-batch {config.micro_batch}: run the same command with "
@@ -94,11 +103,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def train(
-    config: TrainConfig, state: State, data: Data, batches: Batches, folder: RunFolder, machine: Machine,
+    config: TrainConfig, state: State, data: Data, batches: Batches, folder: RunFolder, saver: Saver, machine: Machine,
     total: int, stop: StopSignal,
 ) -> int:  # fmt: skip
     """The loop: one pass of it is one optimizer step."""
-    model, saved_step, saved_s = state.model, state.step, time.monotonic()
+    model = state.model
     forward = torch.compile(model) if machine.compile else model
     windows = validation_windows(data.val, block_size=config.block_size, tokens=config.eval_tokens)
     log = TrainLog(
@@ -109,14 +118,13 @@ def train(
     diverged = False
 
     def save() -> None:
-        nonlocal saved_step, saved_s
         state.elapsed_s = log.elapsed_s
-        save_state(config, state, data, folder, machine)
-        saved_step, saved_s = state.step, time.monotonic()
+        saver.begin(state.step, state_tensors(state, machine), state_record(config, state, data))
 
     for host_ids in batches.ahead(state.step, total):
         if stop():
             break
+        saver.check()
         ids = to_device(host_ids, machine)  # (batch, block + 1)
         lr = rate(config, state.step, total)
         loss, norm = train_step(
@@ -135,7 +143,7 @@ def train(
                 new_val = validation_loss(model, windows, micro_batch=config.micro_batch, machine=machine, stop=stop)
                 if new_val is not None:
                     state.val_loss = new_val
-        save_due = last or due(state.step, config.save_every) or minutes_passed(saved_s, config.save_every_minutes)
+        save_due = not last and saver.due(state.step)
         if last or new_val is not None or save_due or log.is_due(state.step, config.log_every):
             diverged = not log.finite(state.scaler)
             log.line(val_loss=new_val)
@@ -143,44 +151,50 @@ def train(
                 log.validation(state.step, new_val)
             if diverged:
                 break
+        if save_due:
+            with log.pause():
+                save()
         if config.sample_every and (last or due(state.step, config.sample_every)):
             with log.pause():
                 show_samples(config, state, data, folder, machine, stop)
-        if save_due:
-            with log.pause():
-                try:
-                    save()
-                except StoreError as e:
-                    if last:
-                        raise
-                    # storage may come back: only the last save must hold, training does not stop for the others
-                    folder.warn(f"checkpoint at step {state.step} failed, training goes on: {e}")
-                    folder.event("save_failed", step=state.step, error=str(e))
-                    saved_s = time.monotonic()
 
-    stopped = state.step < total and stop()
-    if stopped and not log.finite(state.scaler):
-        diverged = True
-    if diverged:
+    if diverged or not log.finite(state.scaler):
+        saver.wait()
         folder.event("diverged", step=state.step)
-        kept = f"the newest checkpoint is step {saved_step}" if saved_step else "nothing was saved yet"
-        print(f"error: the loss or gradient is not a number at step {state.step}; {kept}: "
+        print(f"error: the loss or gradient is not a number at step {state.step}; the newest checkpoint is {saver.newest()}: "
               f"start a new run with a lower --lr than {config.lr:g}", file=sys.stderr)  # fmt: skip
         return DIVERGED
-    if stopped:
-        log.flush()
-        if state.step > saved_step:
-            save()
-        folder.event("stopped", step=state.step, signal=stop.name)
-        folder.publish()
-        print(
-            f"stopped by {stop.name} after step {state.step} of {total}; the same command with --resume goes on from there"
-        )
-        return STOPPED
-    folder.event("finished", step=state.step)
-    folder.publish()
+    log.flush()
+    if state.step < total:
+        return leave(stop, saver, save, folder, state.step, total)
+    saver.wait()
+    save()
+    saver.wait()
+    if not saver.error:
+        folder.event("finished", step=state.step)
+    saver.finish()
     summarize(config, state, machine, log, total)
-    return 0
+    return FINISHED
+
+
+def leave(
+    stop: StopSignal, saver: Saver, save: Callable[[], None], folder: RunFolder, step: int, total: int
+) -> int:  # fmt: skip
+    """Told to stop: the state is committed if the grace lasts, first on this machine, then where the run lives."""
+    if step > saver.begun_step or saver.error:
+        if saver.wait(stop.seconds_left() - saver.write_s):
+            save()
+        else:
+            folder.warn(f"no time left to save step {step}: {saver.newest()} is what is saved")
+    elif not saver.wait(stop.seconds_left()):
+        folder.warn(f"no time left: {saver.newest()} is what is saved")
+    folder.event("stopped", step=step, signal=stop.name)
+    try:
+        saver.finish(stop.seconds_left())
+    except Unsaved as e:
+        folder.warn(str(e))
+    print(f"stopped by {stop.name} after step {step} of {total}; the same command with --resume goes on from there")
+    return STOPPED
 
 
 def rate(config: TrainConfig, step: int, total: int) -> float:
@@ -194,11 +208,6 @@ def rate(config: TrainConfig, step: int, total: int) -> float:
 def due(step: int, every: int) -> bool:
     """True on every `every`-th step; never for 0."""
     return every > 0 and step % every == 0
-
-
-def minutes_passed(since_s: float, minutes: float) -> bool:
-    """True when that many minutes have gone by; never for 0."""
-    return minutes > 0 and time.monotonic() - since_s >= 60 * minutes
 
 
 if __name__ == "__main__":

@@ -1,19 +1,16 @@
 """All that changes while training, and its way into a checkpoint and back."""
 
-import time
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from cli.progress import count
 from gpt.model import GPT, GPTConfig
-from store import fs
-from store.errors import DataError, StoreError
+from store.errors import DataError
 from train import checkpoint
 from train.config import TrainConfig, stored_form
 from train.data import Data
-from train.folder import RunFolder
 from train.optim import load_optimizer_tensors, make_adamw, optimizer_tensors
 from train.precision import Machine
 
@@ -53,40 +50,28 @@ def new_state(config: TrainConfig, shape: GPTConfig, machine: Machine) -> State:
     return State(model, optimizer, machine.grad_scaler())
 
 
-def save_state(config: TrainConfig, state: State, data: Data, folder: RunFolder, machine: Machine) -> None:
-    """Commit the state as a checkpoint, mirror the logs before it, and thin out older ones."""
-    start_s = time.monotonic()
-    folder.publish()
-    manifest = checkpoint.save(
-        folder.url,
-        step=state.step,
-        run_id=folder.run_id,
-        attempt=folder.attempt,
-        val_loss=state.val_loss,
-        tensors={
-            "model.safetensors": state.model.state_dict(),
-            "optimizer.safetensors": optimizer_tensors(state.model, state.optimizer),
-            "rng.safetensors": machine.rng_tensors(),
-        },
-        state={
-            "step": state.step,
-            "tokens": state.step * config.batch * config.block_size,
-            "elapsed_s": state.elapsed_s,
-            "val_loss": state.val_loss,
-            "scaler": state.scaler.state_dict(),
-            "config": stored_form(config),
-            "model": asdict(state.model.config),
-            "data": {"fingerprint": data.tokens.fingerprint, "vocab_size": data.tokens.vocab_size},
-            "torch": torch.__version__,
-        },
-    )
-    try:
-        checkpoint.retain(folder.url, config.keep)
-    except StoreError as e:  # the new step is committed: old ones that stay too long hurt nobody
-        folder.warn(f"old checkpoints could not be removed: {e}")
-    n_bytes = sum(p["bytes"] for p in manifest.parts.values())
-    folder.event("saved", step=state.step, bytes=n_bytes, seconds=round(time.monotonic() - start_s, 3))
-    print(f"saved      {fs.redact(fs.join(folder.url, manifest.name))} ({count(n_bytes)}B)", flush=True)
+def state_tensors(state: State, machine: Machine) -> dict[str, dict[str, Tensor]]:
+    """The live tensors of a checkpoint, by part: they change with the next step."""
+    return {
+        "model.safetensors": state.model.state_dict(),
+        "optimizer.safetensors": optimizer_tensors(state.model, state.optimizer),
+        "rng.safetensors": machine.rng_tensors(),
+    }
+
+
+def state_record(config: TrainConfig, state: State, data: Data) -> dict[str, Any]:
+    """What state.json holds."""
+    return {
+        "step": state.step,
+        "tokens": state.step * config.batch * config.block_size,
+        "elapsed_s": state.elapsed_s,
+        "val_loss": state.val_loss,
+        "scaler": state.scaler.state_dict(),
+        "config": stored_form(config),
+        "model": asdict(state.model.config),
+        "data": {"fingerprint": data.tokens.fingerprint, "vocab_size": data.tokens.vocab_size},
+        "torch": torch.__version__,
+    }
 
 
 def restore(state: State, found: checkpoint.Checkpoint, machine: Machine) -> None:

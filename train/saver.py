@@ -1,0 +1,190 @@
+"""Asynchronous saves: the loop copies the state between two steps and goes on; a thread writes, proves and commits it."""
+
+import math
+import threading
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cli.progress import count, duration
+from store import fs
+from store.errors import StoreError
+from train import checkpoint
+from train.checkpoint import Manifest
+from train.config import AUTO, TrainConfig
+from train.folder import Fenced, RunFolder
+from train.mirror import Mirror
+from train.precision import Machine
+
+
+class Unsaved(StoreError):
+    """No checkpoint could be stored for longer than --max-unsaved-minutes, or the last one of a run could not be."""
+
+
+class Snapshot:
+    """A second home for a state's tensors in host memory, allocated once (page-locked for a GPU) and filled again."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        self.buffers: dict[str, dict[str, Tensor]] = {}
+        self.copied: torch.cuda.Event | None = None
+
+    def take(self, parts: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+        """Copies of all tensors, by part and name, on the CPU; `wait` before reading them."""
+        on_gpu = self.machine.device.type == "cuda"
+        for part, tensors in parts.items():
+            mine = self.buffers.setdefault(part, {})
+            for name, t in tensors.items():
+                if name not in mine:
+                    mine[name] = torch.empty(t.shape, dtype=t.dtype, pin_memory=on_gpu)
+                mine[name].copy_(t.detach(), non_blocking=on_gpu)
+        if on_gpu:  # the next step's kernels queue behind these copies: the host need not wait for either
+            self.copied = torch.cuda.Event()
+            self.copied.record()
+        return self.buffers
+
+    def wait(self) -> None:
+        """Until the copies are complete."""
+        if self.copied is not None:
+            self.copied.synchronize()
+
+
+class Saver:
+    """Decides when a save is due and makes it, never two at once; feeds the Mirror of a run that lives elsewhere."""
+
+    def __init__(self, config: TrainConfig, folder: RunFolder, machine: Machine, *, step: int) -> None:
+        self.config, self.folder = config, folder
+        self.snapshot = Snapshot(machine)
+        self.thread: threading.Thread | None = None
+        self.begun_step, self.saved_step = step, step  # of the newest save begun, and committed on this machine
+        self.begun_s = time.monotonic()
+        self.stall_s, self.write_s = 0.0, 0.0  # of the newest save: what the loop lost, what the thread took
+        self.late = False  # a save is due while one is in flight
+        self.waiting_since_s: float | None = None  # when the oldest save that is not committed yet was begun
+        self.error: Exception | None = None  # of the newest save; None once one is committed
+        self.mirror = Mirror(folder, keep=config.keep) if folder.two_tiers else None
+
+    def resumed(self, manifest: Manifest, place: str) -> None:
+        """The run goes on from this checkpoint: where only the local tier has it, it still has to travel."""
+        if self.mirror and place == str(self.folder.local):
+            self.mirror.offer(manifest)
+
+    # ---- when ---------------------------------------------------------------------------------------------------
+
+    def interval_s(self) -> float:
+        """Seconds between saves for `--save-every auto`: the optimum of Young (1974) and Daly (2006) for what a save costs
+        the loop, but no shorter than a save takes to write."""
+        return max(math.sqrt(2 * self.stall_s * 60 * self.config.preemption_minutes), self.write_s, 1.0)
+
+    def due(self, step: int) -> bool:
+        """Whether to `begin` a save after this step. One that falls due while another is in flight waits for it."""
+        every, since_s = self.config.save_every, time.monotonic() - self.begun_s
+        due = (
+            self.late
+            or (since_s >= self.interval_s() if every == AUTO else every > 0 and step % every == 0)
+            or (self.config.save_every_minutes > 0 and since_s >= 60 * self.config.save_every_minutes)
+        )
+        if due and self._busy():
+            if not self.late:
+                self.folder.event("save_late", step=step)
+            self.late = True
+            return False
+        return due
+
+    def _busy(self) -> bool:
+        return self.thread is not None and self.thread.is_alive()
+
+    # ---- how ----------------------------------------------------------------------------------------------------
+
+    def begin(self, step: int, parts: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+        """Copy the state of `step`; the rest happens in a thread. Not while a save is in flight: see `due`, `wait`."""
+        self.begun_s, self.begun_step, self.late = time.monotonic(), step, False
+        if self.waiting_since_s is None:
+            self.waiting_since_s = self.begun_s
+        tensors = self.snapshot.take(parts)
+        self.stall_s = time.monotonic() - self.begun_s
+        self.folder.event("save_begun", step=step)
+        self.thread = threading.Thread(target=self._write, args=(step, tensors, state), daemon=True, name="saver")
+        self.thread.start()
+
+    def _write(self, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+        start_s = time.monotonic()
+        try:
+            self.snapshot.wait()
+            manifest = checkpoint.save(
+                self.folder.local, step=step, run_id=self.folder.run_id, attempt=self.folder.attempt,
+                val_loss=state["val_loss"], tensors=tensors, state=state,
+                fence=(lambda: None) if self.mirror else self.folder.fence,
+            )  # fmt: skip
+        except StoreError as e:
+            self.error = e
+            self.folder.warn(f"checkpoint at step {step} failed, training goes on: {e}")
+            self.folder.event("save_failed", step=step, tier="local", error=str(e))
+            return
+        except Exception as e:  # a fault of ours must surface in the loop, not die with the thread
+            self.error = e
+            return
+        self.write_s = time.monotonic() - start_s
+        self.saved_step, self.error, self.waiting_since_s = step, None, None
+        self.folder.event(
+            "saved",
+            step=step,
+            tier="local",
+            bytes=manifest.n_bytes,
+            seconds=round(self.write_s, 3),
+            stall_s=round(self.stall_s, 4),
+        )
+        where = fs.redact(fs.join(str(self.folder.local), manifest.name))
+        print(f"saved      {where} ({count(manifest.n_bytes)}B in {duration(self.write_s)})", flush=True)
+        try:
+            if self.mirror:
+                self.mirror.offer(manifest)
+                checkpoint.retain(str(self.folder.local), 1, spare=self.mirror.spare())
+            else:
+                checkpoint.retain(str(self.folder.local), self.config.keep)
+        except StoreError as e:  # the new step is committed: old ones that stay too long hurt nobody
+            self.folder.warn(f"old checkpoints could not be removed: {e}")
+
+    def check(self) -> None:
+        """Between two steps: raises Fenced, Unsaved once saving has failed for too long, or what broke the thread."""
+        mirror_error = self.mirror.error if self.mirror else None
+        for error in (self.error, mirror_error):
+            if isinstance(error, Fenced) or (error is not None and not isinstance(error, StoreError)):
+                raise error
+        limit_s = 60 * self.config.max_unsaved_minutes
+        oldest = [s for s in (self.waiting_since_s, self.mirror and self.mirror.waiting_since_s) if s is not None]
+        if limit_s and oldest and time.monotonic() - min(oldest) > limit_s:
+            raise Unsaved(
+                f"no checkpoint could be stored for {self.config.max_unsaved_minutes:g} minutes "
+                f"({self.error or mirror_error or 'the save is still under way'}); the newest stored is {self.newest()}: "
+                "mend the storage, then run the same command again"
+            )
+
+    def newest(self) -> str:
+        """What a restart would find, for a message."""
+        here = f"step {self.saved_step}" if self.saved_step else "none"
+        if not self.mirror:
+            return here
+        return f"{f'step {self.mirror.stored.step}' if self.mirror.stored else 'as at the start'} (on this machine: {here})"
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Until no save is in flight on this machine; False when that takes longer."""
+        if self.thread is not None:
+            self.thread.join(None if timeout_s is None else max(timeout_s, 0.0))
+        return not self._busy()
+
+    def finish(self, timeout_s: float | None = None) -> None:
+        """Wait until everything is stored where the run lives. Raises Unsaved when that fails or takes longer."""
+        limit_s = None if timeout_s is None else time.monotonic() + timeout_s
+        if not self.wait(timeout_s) or self.error:
+            self.check()
+            raise Unsaved(f"the last checkpoint could not be written ({self.error or 'no time left'}); the newest stored "
+                          f"is {self.newest()}")  # fmt: skip
+        left_s = None if limit_s is None else max(limit_s - time.monotonic(), 0.0)
+        if self.mirror and not self.mirror.finish(left_s):
+            self.check()
+            raise Unsaved(f"{fs.redact(self.folder.url)}: the last checkpoint could not be stored there "
+                          f"({self.mirror.error or 'no time left'}); it is on this machine, where the same command goes on from "
+                          "it")  # fmt: skip
