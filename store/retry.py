@@ -1,11 +1,17 @@
 """Which storage faults pass by themselves, trying again with patience, and one clear line for the rest."""
 
+import contextlib
 import errno
+import functools
 import logging
 import os
 import re
 import socket
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
+from contextvars import ContextVar
 from typing import TypeVar
 
 import tenacity
@@ -49,9 +55,7 @@ def is_transient(error: BaseException) -> bool:
         return False
     if isinstance(error, ValueError):  # aiohttp and requests call a malformed URL one
         return False
-    status = getattr(error, "status", None) or getattr(error, "code", None)
-    status = status or getattr(getattr(error, "response", None), "status_code", None)  # requests', huggingface_hub's
-    if isinstance(status, int) and 400 <= status < 600:
+    if status := _status(error):
         return status in (408, 429) or (status >= 500 and status != 501)  # 501: this server never will
     if isinstance(error, TimeoutError | ConnectionError):
         return True
@@ -61,6 +65,24 @@ def is_transient(error: BaseException) -> bool:
     if type(error).__module__ == "google.auth.exceptions":  # the token could not be renewed for want of a network
         return type(error).__name__ == "TransportError" or bool(getattr(error, "retryable", False))
     return type(error).__module__.split(".")[0] in ("aiohttp", "requests", "urllib3")
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status that a driver's error tells of."""
+    status = getattr(error, "status", None) or getattr(error, "code", None)
+    status = status or getattr(getattr(error, "response", None), "status_code", None)  # requests', huggingface_hub's
+    return status if isinstance(status, int) and 400 <= status < 600 else None
+
+
+def _plainly(work: Callable[[], T]) -> T:
+    """`work()`; where fsspec's http driver calls a server that does not answer a missing file, what really happened."""
+    try:
+        return work()
+    except FileNotFoundError as e:
+        cause = e.__cause__
+        if cause and (is_transient(cause) or (isinstance(cause, OSError) and _status(cause) is None)):
+            raise cause from None
+        raise
 
 
 def _warn(state: tenacity.RetryCallState) -> None:
@@ -73,17 +95,56 @@ def _one_line(error: BaseException | None) -> str:
     return re.sub(r"://[^/?#\s]*@", "://", re.sub(r"\?\S*", "", text))[:300]
 
 
+_patience_s: ContextVar[float | None] = ContextVar("patience_s", default=None)
+
+
+@contextlib.contextmanager
+def patience(seconds: float) -> Iterator[None]:
+    """Within it whatever is attempted ends after that long, tried again without a word: for a first look at an address.
+
+    An address that was mistyped fails as one does whose server restarts; work under way bears that for RETRY_FOR_S.
+    """
+    token = _patience_s.set(seconds)
+    try:
+        yield
+    finally:
+        _patience_s.reset(token)
+
+
+def _until(end_s: float, work: Callable[[], T]) -> T:
+    """`work()`, or TimeoutError: gcsfs has retries of its own, 33 s of them, and a host may never answer."""
+    answer: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            answer.set_result(_plainly(work))
+        except BaseException as e:  # raised where it is asked for
+            answer.set_exception(e)
+
+    threading.Thread(target=run, daemon=True).start()
+    wait([answer], max(end_s - time.monotonic(), 0))
+    if not answer.done():
+        raise TimeoutError("no answer: check the address and the network")
+    return answer.result()
+
+
 def attempt(url: str, action: str, work: Callable[[], T]) -> T:
     """Run `work`, again with backoff and jitter while the fault is transient; anything final is one StoreError."""
+    patience_s = _patience_s.get()
+    if patience_s is None:
+        asked, stop = functools.partial(_plainly, work), tenacity.stop_after_delay(RETRY_FOR_S)
+    else:
+        end_s, stop = time.monotonic() + patience_s, tenacity.stop_before_delay(patience_s)
+        asked = functools.partial(_until, end_s, work)
     retrying = tenacity.Retrying(
         retry=tenacity.retry_if_exception(is_transient),
         wait=tenacity.wait_random_exponential(multiplier=0.5, max=20),
-        stop=tenacity.stop_after_delay(RETRY_FOR_S),
-        before_sleep=_warn,
+        stop=stop,
+        before_sleep=_warn if patience_s is None else None,
         reraise=True,
     )
     try:
-        return retrying(work)
+        return retrying(asked)
     except StoreError:
         raise
     except (FileNotFoundError, NotADirectoryError) as e:

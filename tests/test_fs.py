@@ -389,6 +389,20 @@ def test_patience_is_bounded(gcs, monkeypatch):
         assert time.monotonic() - started_s < 5
 
 
+@pytest.mark.parametrize("listens", [True, False], ids=["never answers", "refuses"])
+def test_a_first_look_is_soon_over(listens, caplog):
+    """However patient the driver is itself: one error, no lines before it, and no server that is away is "not found"."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        if listens:
+            s.listen()
+        started_s = time.monotonic()
+        with retry.patience(0.4), pytest.raises(StoreError, match="no answer" if listens else "Connect call failed"):
+            fs.exists(f"http://127.0.0.1:{s.getsockname()[1]}/x")
+    assert time.monotonic() - started_s < 5
+    assert caplog.records == []
+
+
 def test_patience_is_set_by_the_environment():
     """PERENNIAL_RETRY_FOR_S bounds it for a whole program; the line on stderr tells of each further try."""
     with socket.socket() as s:

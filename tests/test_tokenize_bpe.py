@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import time
 
@@ -11,7 +12,7 @@ import pytest
 
 from gpt.tokenizer import Tokenizer
 from prep import corpus as planning
-from prep import merge, pool, reading, stages
+from prep import merge, pool, reading, stages, tokenize_bpe
 from prep.formats import documents as documents_of
 from store.shards import TokenShards
 from tests.helpers import command, error_of, files, prepare, start
@@ -307,6 +308,18 @@ def test_each_user_error_is_one_line_and_writes_nothing(corpus, data, tmp_path):
         assert files(tmp_path) == before, name
         assert not (tmp_path / "out").exists(), name
     assert files(data) == data_before
+
+
+@pytest.mark.parametrize("flag", ["--input", "--output", "--tokenizer", "--blocklist"])
+def test_a_server_that_is_not_there_is_soon_told(corpus, monkeypatch, flag):
+    monkeypatch.setattr(tokenize_bpe, "FIRST_LOOK_S", 0.1)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))  # and does not listen
+        flags = {"--input": corpus, "--output": "d", flag: f"http://127.0.0.1:{s.getsockname()[1]}/x.txt"}
+        started_s = time.monotonic()
+        message = error_of(prepare, *(word for item in flags.items() for word in item))
+    assert "x.txt: cannot look up: Connect call failed" in message
+    assert time.monotonic() - started_s < 5
 
 
 def test_as_a_real_process_an_error_is_one_line_and_exit_2(tmp_path):
