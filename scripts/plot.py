@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     """Print the curve; a restart is a `|` under the axis, where it went on."""
     args, _ = flags.parse(PlotFlags, argv, prog="plot.py", description=__doc__)
     metrics, events = read_log(args.run, "metrics.jsonl"), read_log(args.run, "events.jsonl")
-    losses = {m["step"]: m["loss"] for m in metrics if "loss" in m}
+    losses = {m["step"]: m["loss"] for m in metrics if m.get("loss") is not None}  # null: no number
     if not losses:
         raise UserError(f"{fs.redact(args.run)}: no steps logged there: name a run folder, the --out of train/run.py")
     restarts = [e["step"] for e in events if e.get("event") == "start" and e.get("step")]

@@ -6,8 +6,7 @@ import torch
 
 from gpt.model import GPT
 from gpt.presets import preset
-from train.log import SMALLEST_SCALE, TrainLog
-from train.optim import make_adamw
+from train.optim import make_adamw, optimizer_tensors, step_unless
 from train.precision import Machine
 from train.step import to_device, train_step, validation_loss
 
@@ -55,20 +54,67 @@ def test_an_overflow_skips_the_step_and_halves_the_scale():
     assert scaler.get_scale() == scale / 2
 
 
-def test_a_scale_that_is_nothing_counts_as_divergence(tmp_path):
-    from train.folder import RunFolder
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("poisoned", ["loss", "gradient"])
+def test_a_step_that_is_no_number_leaves_weights_moments_and_counts_alone(dtype, poisoned):
+    machine, model, optimizer, scaler = setup(dtype)
+    for good in range(3):
+        step(machine, model, optimizer, scaler, some_ids(good))
+    before = {k: t.clone() for k, t in {**model.state_dict(), **optimizer_tensors(model, optimizer)}.items()}
+    if poisoned == "loss":  # a finite gradient of a loss that overflowed
+        handle = model.register_forward_hook(lambda module, inputs, loss: loss + float("inf"))
+    else:
+        handle = model.blocks[0].mlp.up.weight.register_hook(lambda g: g * float("nan"))
+    step(machine, model, optimizer, scaler, some_ids(3))
+    handle.remove()
+    after = {**model.state_dict(), **optimizer_tensors(model, optimizer)}
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    assert after["wte.weight/step"] == 3
+    _, norm = step(machine, model, optimizer, scaler, some_ids(4))
+    assert norm.isfinite() or scaler.is_enabled()
 
-    machine, _, _, scaler = setup(torch.float16)
-    log = TrainLog(
-        RunFolder(str(tmp_path)), machine, total=1, tokens_per_step=1, flops_per_token=1, steps_per_epoch=1, elapsed_s=0
-    )
-    log.step(1, 1e-3, torch.tensor(3.0), torch.tensor(float("inf")))
-    assert log.finite(scaler)  # one overflow is the scaler's business
-    scaler.load_state_dict({**scaler.state_dict(), "scale": SMALLEST_SCALE / 2})
-    assert not log.finite(scaler)
-    log.waiting.clear()
-    log.step(1, 1e-3, torch.tensor(float("nan")), torch.tensor(1.0))
-    assert not log.finite(machine.grad_scaler())
+
+def test_the_very_first_step_can_be_left_out_and_be_saved():
+    machine, model, optimizer, scaler = setup(torch.float32)
+    handle = model.ln_f.weight.register_hook(lambda g: g * float("nan"))
+    step(machine, model, optimizer, scaler, some_ids())
+    handle.remove()
+    moments = optimizer_tensors(model, optimizer)
+    assert len(moments) == 3 * len(list(model.parameters()))
+    assert not any(t.any() for t in moments.values())
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_healthy_steps_are_torchs_own_to_the_bit(fused):
+    """Whatever watches over the steps changes none of them."""
+    _, ours, _, _ = setup(torch.float32)
+    _, theirs, _, _ = setup(torch.float32)
+    optimizer = make_adamw(ours, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, device_type="cpu" if fused else "mps")
+    groups = [{"params": [p for p in theirs.parameters() if p.ndim > 1]},
+              {"params": [p for p in theirs.parameters() if p.ndim < 2], "weight_decay": 0.0}]  # fmt: skip
+    plain = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=fused)
+    for seed in range(5):
+        ids = some_ids(seed)
+        for model in (ours, theirs):
+            model(ids[:, :-1], ids[:, 1:]).backward()
+        step_unless(optimizer, torch.tensor(False))
+        plain.step()
+        optimizer.zero_grad()
+        plain.zero_grad()
+    a, b = optimizer_tensors(ours, optimizer), optimizer_tensors(theirs, plain)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert all(torch.equal(x, y) for x, y in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
+def test_unfused_too_a_bad_step_changes_nothing():
+    _, model, _, _ = setup(torch.float32)
+    optimizer = make_adamw(model, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, device_type="mps")
+    before = [p.clone() for p in model.parameters()]
+    (model(some_ids()[:, :-1], some_ids()[:, 1:]) * float("nan")).backward()
+    step_unless(optimizer, torch.tensor(True))
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert not any(t.any() for t in optimizer_tensors(model, optimizer).values())
 
 
 @pytest.mark.parametrize("micro_batch", [1, 3, 8])

@@ -99,6 +99,9 @@ class TrainConfig:
     save_every_minutes: float = flag(5.0, "minutes between checkpoints; 0: by steps only")
     preemption_minutes: float = flag(60.0, "mean time between preemptions, for --save-every auto")
     max_unsaved_minutes: float = flag(60.0, "stop when no checkpoint could be stored for so long; 0: never stop for it")
+    max_skipped: int = flag(
+        20, "steps in a row left out for a loss or gradient that is not a number, before training stops"
+    )
     keep: int = flag(2, "newest checkpoints to keep; the best by validation loss is kept too")
 
     @property
@@ -120,6 +123,7 @@ LOGGING = (
     "save_every_minutes",
     "preemption_minutes",
     "max_unsaved_minutes",
+    "max_skipped",
     "keep",
 )
 FREE = frozenset({*RUN_LENGTH, *FORGOTTEN, *LOGGING})
@@ -140,8 +144,8 @@ def check(config: TrainConfig) -> None:
         raise UserError("--epochs 0: expected more than 0")
     at_least = {"steps": 1, "epochs": 0, "tokens": 1, "batch": 1, "micro_batch": 1, "warmup": 0, "lr": 0, "clip": 0,
                 "weight_decay": 0, "log_every": 1, "eval_every": 0, "eval_tokens": 1, "sample_every": 0,
-                "save_every": 0, "save_every_minutes": 0, "preemption_minutes": 0, "max_unsaved_minutes": 0, "keep": 1,
-                "block_size": 1}  # fmt: skip
+                "save_every": 0, "save_every_minutes": 0, "preemption_minutes": 0, "max_unsaved_minutes": 0,
+                "max_skipped": 1, "keep": 1, "block_size": 1}  # fmt: skip
     for name, least in at_least.items():
         value = getattr(config, name)
         if value is not None and value != AUTO and not value >= least:

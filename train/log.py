@@ -22,19 +22,19 @@ from train.precision import Machine
 from train.state import State
 
 QUIET_S = 30.0
-SMALLEST_SCALE = 2.0**-10  # 26 halvings from GradScaler's start: no healthy run comes near
 
 
 class TrainLog:
     """Collects losses on the device and reads them only when a line is due, so that the loop never waits for them."""
 
     def __init__(
-        self, folder: RunFolder, machine: Machine, *, total: int, tokens_per_step: int, flops_per_token: float,
-        steps_per_epoch: float, elapsed_s: float,
+        self, folder: RunFolder, machine: Machine, state: State, *, total: int, tokens_per_step: int,
+        steps_per_epoch: float,
     ) -> None:  # fmt: skip
         self.folder, self.machine, self.total, self.tokens_per_step = folder, machine, total, tokens_per_step
-        self.flops_per_token, self.steps_per_epoch = flops_per_token, steps_per_epoch
-        self.start_s = time.monotonic() - elapsed_s
+        self.guard, self.scaler = state.guard, state.scaler
+        self.flops_per_token, self.steps_per_epoch = state.model.flops_per_token(), steps_per_epoch
+        self.start_s = time.monotonic() - state.elapsed_s
         self.waiting: list[tuple[int, float, Tensor, Tensor]] = []
         self.line_s, self.paused_s = time.monotonic(), 0.0
         self.tokens_per_s = 0.0
@@ -49,32 +49,25 @@ class TrainLog:
         self.waiting.append((step, lr, loss, norm))
 
     def flush(self) -> None:
-        """Write what is waiting to metrics.jsonl."""
+        """Read what is waiting, show it to the guard and write it to metrics.jsonl."""
         rows = [(s, lr, float(loss), float(norm)) for s, lr, loss, norm in self.waiting]
         self.waiting = []
+        if not rows:
+            return
         keys = ("step", "lr", "loss", "grad_norm")
-        if rows:
-            # JSON has no infinity: a scaled fp16 gradient that overflowed is null
-            rows_json = [[x if math.isfinite(x) else None for x in row] for row in rows]
-            self.folder.metrics([dict(zip(keys, row, strict=True)) for row in rows_json])
+        # JSON has no infinity: what overflowed is null
+        rows_json = [[x if math.isfinite(x) else None for x in row] for row in rows]
+        self.folder.metrics([dict(zip(keys, row, strict=True)) for row in rows_json])
+        skipped = self.guard.skipped
+        scale = self.scaler.get_scale() if self.scaler.is_enabled() else None
+        for warning in self.guard.see([(s, loss, norm) for s, _, loss, norm in rows], scale):
+            self.folder.warn(warning)
+        if self.guard.skipped > skipped:
+            self.folder.event("skipped_steps", step=rows[-1][0], count=self.guard.skipped - skipped)
 
     def is_due(self, step: int, every: int) -> bool:
         """True on every `every`-th step, and when a person has seen nothing for half a minute."""
         return step % every == 0 or time.monotonic() - self.line_s - self.paused_s > QUIET_S
-
-    def finite(self, scaler: torch.amp.GradScaler) -> bool:
-        """False when a waiting loss or gradient is not a number.
-
-        A scaled fp16 gradient may overflow: its step is skipped and the scale halved, until the scale itself is nothing.
-        """
-        scaled = scaler.is_enabled()
-        if scaled and scaler.get_scale() < SMALLEST_SCALE:
-            return False
-        if not self.waiting:
-            return True
-        losses = torch.stack([loss for _, _, loss, _ in self.waiting])
-        norms = torch.stack([norm for _, _, _, norm in self.waiting])
-        return bool(losses.isfinite().all() and (scaled or norms.isfinite().all()))
 
     def line(self, *, val_loss: float | None) -> None:
         """Print the line of the last step and write the metrics up to it."""

@@ -12,6 +12,7 @@ if __name__ == "__main__":  # Python put this file's folder first in sys.path: t
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import torch
@@ -23,6 +24,7 @@ from train import config as settings
 from train.batches import Batches, validation_windows
 from train.config import TrainConfig
 from train.data import Data, open_data, same_data
+from train.diagnosis import diagnose
 from train.exits import DIVERGED, FENCED, FINISHED, STOPPED, UNSAVED
 from train.folder import Fenced, RunFolder
 from train.log import TrainLog, describe, show_samples, summarize
@@ -111,11 +113,10 @@ def train(
     forward = torch.compile(model) if machine.compile else model
     windows = validation_windows(data.val, block_size=config.block_size, tokens=config.eval_tokens)
     log = TrainLog(
-        folder, machine,
-        total=total, tokens_per_step=config.batch * config.block_size, flops_per_token=model.flops_per_token(),
-        steps_per_epoch=batches.windows_per_epoch / config.batch, elapsed_s=state.elapsed_s,
+        folder, machine, state,
+        total=total, tokens_per_step=config.batch * config.block_size,
+        steps_per_epoch=batches.windows_per_epoch / config.batch,
     )  # fmt: skip
-    diverged = False
 
     def save() -> None:
         state.elapsed_s = log.elapsed_s
@@ -141,30 +142,36 @@ def train(
         if last or due(state.step, config.eval_every):
             with log.pause():
                 new_val = validation_loss(model, windows, micro_batch=config.micro_batch, machine=machine, stop=stop)
-                if new_val is not None:
-                    state.val_loss = new_val
+                if new_val is not None and not math.isfinite(new_val):
+                    folder.warn(f"the validation loss at step {state.step} is not a number")
+                    new_val = None
+                state.val_loss = new_val if new_val is not None else state.val_loss
         save_due = not last and saver.due(state.step)
         if last or new_val is not None or save_due or log.is_due(state.step, config.log_every):
-            diverged = not log.finite(state.scaler)
             log.line(val_loss=new_val)
             if new_val is not None:
                 log.validation(state.step, new_val)
-            if diverged:
+            if state.guard.fault:
                 break
-        if save_due:
+        if save_due and state.guard.in_a_row:
+            saver.put_off()  # this may be the first of many: the good checkpoints are not to be crowded out by its like
+        elif save_due:
             with log.pause():
                 save()
         if config.sample_every and (last or due(state.step, config.sample_every)):
             with log.pause():
                 show_samples(config, state, data, folder, machine, stop)
 
-    if diverged or not log.finite(state.scaler):
+    log.flush()
+    state.guard.look_at(state.model)
+    if state.guard.fault:
         saver.wait()
         folder.event("diverged", step=state.step)
-        print(f"error: the loss or gradient is not a number at step {state.step}; the newest checkpoint is {saver.newest()}: "
-              f"start a new run with a lower --lr than {config.lr:g}", file=sys.stderr)  # fmt: skip
+        print(f"error: {state.guard.fault}; the newest checkpoint is {saver.newest()}", file=sys.stderr)
+        for line in diagnose(state, ids, micro_batch=config.micro_batch, machine=machine):
+            print(f"  {line}", file=sys.stderr)
+        print(f"  start a new run with a lower --lr than {config.lr:g}", file=sys.stderr)
         return DIVERGED
-    log.flush()
     if state.step < total:
         return leave(stop, saver, save, folder, state.step, total)
     saver.wait()

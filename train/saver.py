@@ -15,6 +15,7 @@ from train import checkpoint
 from train.checkpoint import Manifest
 from train.config import AUTO, TrainConfig
 from train.folder import Fenced, RunFolder
+from train.guard import first_nonfinite
 from train.mirror import Mirror
 from train.precision import Machine
 
@@ -93,6 +94,10 @@ class Saver:
             return False
         return due
 
+    def put_off(self) -> None:
+        """The save that is due is not for now: the next step is asked again."""
+        self.late = True
+
     def _busy(self) -> bool:
         return self.thread is not None and self.thread.is_alive()
 
@@ -113,6 +118,9 @@ class Saver:
         start_s = time.monotonic()
         try:
             self.snapshot.wait()
+            for part, named in tensors.items():
+                if wrong := first_nonfinite(named):
+                    raise StoreError(f"{wrong} in {part} is not finite: such a state is never kept")
             manifest = checkpoint.save(
                 self.folder.local, step=step, run_id=self.folder.run_id, attempt=self.folder.attempt,
                 val_loss=state["val_loss"], tensors=tensors, state=state,

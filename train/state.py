@@ -11,6 +11,7 @@ from store.errors import DataError
 from train import checkpoint
 from train.config import TrainConfig, stored_form
 from train.data import Data
+from train.guard import Guard, first_nonfinite
 from train.optim import load_optimizer_tensors, make_adamw, optimizer_tensors
 from train.precision import Machine
 
@@ -24,6 +25,7 @@ class State:
     model: GPT
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    guard: Guard
     step: int = 0  # optimizer steps done
     elapsed_s: float = 0.0  # of all attempts
     val_loss: float | None = None  # the last one measured
@@ -47,7 +49,7 @@ def new_state(config: TrainConfig, shape: GPTConfig, machine: Machine) -> State:
         model, lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay,
         device_type=machine.device.type,
     )  # fmt: skip
-    return State(model, optimizer, machine.grad_scaler())
+    return State(model, optimizer, machine.grad_scaler(), Guard(config.max_skipped))
 
 
 def state_tensors(state: State, machine: Machine) -> dict[str, dict[str, Tensor]]:
@@ -67,6 +69,7 @@ def state_record(config: TrainConfig, state: State, data: Data) -> dict[str, Any
         "elapsed_s": state.elapsed_s,
         "val_loss": state.val_loss,
         "scaler": state.scaler.state_dict(),
+        "guard": state.guard.record(),
         "config": stored_form(config),
         "model": asdict(state.model.config),
         "data": {"fingerprint": data.tokens.fingerprint, "vocab_size": data.tokens.vocab_size},
@@ -82,6 +85,9 @@ def restore(state: State, found: checkpoint.Checkpoint, machine: Machine) -> Non
     named = list(state.model.named_parameters())
     expected = {f"{n}/{k}": p if k != "step" else torch.zeros(()) for n, p in named for k in MOMENTS}
     same_tensors(moments, expected, "optimizer.safetensors")
+    if wrong := first_nonfinite(weights) or first_nonfinite(moments):
+        raise DataError(f"{found.manifest.name}: {wrong} holds what is not a number: restore an older checkpoint, or give "
+                        "another --out")  # fmt: skip
     rng, usual = found.tensors["rng.safetensors"], machine.rng_tensors()
     same_tensors({k: t for k, t in rng.items() if k in usual}, {k: t for k, t in usual.items() if k in rng or k == "cpu"},
                  "rng.safetensors")  # fmt: skip
@@ -94,6 +100,7 @@ def restore(state: State, found: checkpoint.Checkpoint, machine: Machine) -> Non
             raise DataError(f"state.json: not the state of a GradScaler ({e!r})") from e
     state.step, state.elapsed_s = found.state["step"], found.state["elapsed_s"]
     state.val_loss = found.state["val_loss"]
+    state.guard.load(found.state.get("guard", {}))  # checkpoints of the first programs have none
     machine.set_rng_tensors(rng)
 
 

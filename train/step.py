@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from train.optim import step_unless
 from train.precision import Machine
 
 
@@ -27,8 +28,9 @@ def train_step(
     """Forward and backward over micro-batches of `ids` (batch, block + 1), clip, step.
 
     `forward` is the model or its compiled form. Returns the mean loss and the gradient norm before clipping, () fp32 on
-    the device: reading them is left to the caller, because it makes the host wait. None when `stop` said to leave between
-    two micro-batches: then nothing has changed, and the step is still to be done.
+    the device: reading them is left to the caller, because it makes the host wait. Where one of them is not finite,
+    weights and moments are left as they were. None when `stop` said to leave between two micro-batches: then nothing has
+    changed, and the step is still to be done.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -46,7 +48,7 @@ def train_step(
         loss += part_loss.detach()
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip if clip > 0 else float("inf"))
-    scaler.step(optimizer)
+    step_unless(optimizer, ~(loss.isfinite() & norm.isfinite()))  # not scaler.step: it looks at gradients alone
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return loss, norm
