@@ -55,6 +55,7 @@ CASES = {
     "mid-epoch": (),
     "dropout": ("--dropout", 0.2),
     "accumulation": ("--micro-batch", 3),  # 8 = 3 + 3 + 2
+    "warm-up edge": ("--warmup", 14),  # its last step is a commit; another kill falls right behind it
     "wsd, no clipping": ("--schedule", "wsd", "--clip", 0),
     "bf16": ("--precision", "bf16"),
     "tied, no biases": ("--tied", "--no-bias"),

@@ -278,6 +278,9 @@ def _check_state(state: Any, manifest: Manifest) -> None:
     for name, kind in kinds.items():
         if not isinstance(state.get(name), kind):
             raise ValueError(f"state.json: {name} is {type(state.get(name)).__name__}")
+    for name in ("guard", "machine"):  # the first programs wrote none
+        if not isinstance(state.get(name, {}), dict):
+            raise ValueError(f"state.json: {name} is {type(state[name]).__name__}")
     if state["step"] != manifest.step:
         raise ValueError(f"state.json is of step {state['step']}")
     if not isinstance(state["data"].get("fingerprint"), str) or not isinstance(state["data"].get("vocab_size"), int):

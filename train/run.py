@@ -25,6 +25,7 @@ from train.batches import Batches, validation_windows
 from train.config import TrainConfig
 from train.data import Data, open_data, same_data
 from train.diagnosis import diagnose
+from train.elastic import machine_record, moved
 from train.exits import DIVERGED, FENCED, FINISHED, STOPPED, UNSAVED
 from train.folder import Fenced, RunFolder
 from train.log import TrainLog, describe, show_samples, summarize
@@ -80,6 +81,9 @@ def main(argv: list[str] | None = None) -> int:
     state = new_state(config, shape, machine)
     if found:
         restore(state, found, machine)
+        here = machine_record(machine, config.micro_batch)
+        if line := moved(found.state.get("machine", {}), here, dropout=config.dropout > 0):
+            print(f"machine    {line}")
     folder.open(settings.stored_form(config), data.tokenizer.json_text, step=state.step)
     saver = Saver(config, folder, machine, step=state.step)
     if found:
@@ -120,7 +124,7 @@ def train(
 
     def save() -> None:
         state.elapsed_s = log.elapsed_s
-        saver.begin(state.step, state_tensors(state, machine), state_record(config, state, data))
+        saver.begin(state.step, state_tensors(state, machine), state_record(config, state, data, machine))
 
     for host_ids in batches.ahead(state.step, total):
         if stop():

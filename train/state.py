@@ -1,5 +1,6 @@
 """All that changes while training, and its way into a checkpoint and back."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from store.errors import DataError
 from train import checkpoint
 from train.config import TrainConfig, stored_form
 from train.data import Data
+from train.elastic import machine_record
 from train.guard import Guard, first_nonfinite
 from train.optim import load_optimizer_tensors, make_adamw, optimizer_tensors
 from train.precision import Machine
@@ -61,7 +63,7 @@ def state_tensors(state: State, machine: Machine) -> dict[str, dict[str, Tensor]
     }
 
 
-def state_record(config: TrainConfig, state: State, data: Data) -> dict[str, Any]:
+def state_record(config: TrainConfig, state: State, data: Data, machine: Machine) -> dict[str, Any]:
     """What state.json holds."""
     return {
         "step": state.step,
@@ -73,7 +75,7 @@ def state_record(config: TrainConfig, state: State, data: Data) -> dict[str, Any
         "config": stored_form(config),
         "model": asdict(state.model.config),
         "data": {"fingerprint": data.tokens.fingerprint, "vocab_size": data.tokens.vocab_size},
-        "torch": torch.__version__,
+        "machine": machine_record(machine, config.micro_batch),
     }
 
 
@@ -93,15 +95,23 @@ def restore(state: State, found: checkpoint.Checkpoint, machine: Machine) -> Non
                  "rng.safetensors")  # fmt: skip
     state.model.load_state_dict(weights)
     load_optimizer_tensors(state.model, state.optimizer, moments)
-    if state.scaler.is_enabled() and found.state["scaler"]:
+    scaler = found.state["scaler"]
+    if state.scaler.is_enabled() and scaler:  # none where it comes from bf16 or fp32: then it begins anew
         try:
-            state.scaler.load_state_dict(found.state["scaler"])
+            state.scaler.load_state_dict({k: _number(v) for k, v in scaler.items()})
         except (KeyError, TypeError, RuntimeError) as e:
             raise DataError(f"state.json: not the state of a GradScaler ({e!r})") from e
     state.step, state.elapsed_s = found.state["step"], found.state["elapsed_s"]
     state.val_loss = found.state["val_loss"]
-    state.guard.load(found.state.get("guard", {}))  # checkpoints of the first programs have none
+    state.guard.load({k: int(_number(v)) for k, v in found.state.get("guard", {}).items()})
     machine.set_rng_tensors(rng)
+
+
+def _number(value: Any) -> float:
+    """state.json is untrusted input. Raises DataError."""
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise DataError(f"state.json: {value!r} is no number")
+    return value
 
 
 def same_tensors(found: dict[str, Tensor], expected: dict[str, Tensor], where: str) -> None:
