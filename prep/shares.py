@@ -31,7 +31,7 @@ def check(num_tasks: int | None, task_index: int | None, *, finish: bool, execut
 
 def agree(work: Path, num_tasks: int) -> None:
     """All shares must be cut alike: raises UserError when others were begun with another --num-tasks."""
-    fs.put_first(work / AGREED, str(num_tasks).encode())
+    fs.create(str(work / AGREED), str(num_tasks).encode())
     first = int((work / AGREED).read_bytes())
     if first != num_tasks:
         raise UserError(f"--num-tasks {num_tasks}: others were begun with --num-tasks {first}: give that, "

@@ -76,7 +76,7 @@ def enter(
         lock.hold(work / f"{LOCK}-{share}")
     if not (created or resume):
         raise UserError(f"{fs.redact(output)}: holds an unfinished run: add --resume to go on, or delete it")
-    fs.put_first(work / JOB, json.dumps(job | {"versions": versions}).encode())
+    fs.create(str(work / JOB), json.dumps(job | {"versions": versions}).encode())
     begun = json.loads((work / JOB).read_bytes())
     same_job(begun, job, output)
     for name, now in versions.items():

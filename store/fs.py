@@ -15,6 +15,7 @@ import re
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ from store.errors import DataError, NotFound, StoreError
 from store.retry import attempt, redact
 
 COPY_BYTES = 4 << 20
+SETTLE_S = 1.0  # between writing and reading back, where a store cannot create exclusively
+EXCLUSIVE = ("gs", "gcs", "s3", "s3a", "memory")  # drivers that honour mode="create"; others can swallow it
 DRIVE = "/content/drive/"  # where Colab mounts Google Drive
 
 
@@ -311,7 +314,7 @@ def staged(path: Path, *, durable: bool = True) -> Iterator[Path]:
     Without `durable` there is no fsync: for what is proved by its hash when it is read, and can be made again.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    temporary = _temporary(path)
     try:
         yield temporary
         if durable:
@@ -322,6 +325,10 @@ def staged(path: Path, *, durable: bool = True) -> Iterator[Path]:
             _fsync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
 def _fsync_folder(path: Path) -> None:
@@ -349,30 +356,68 @@ def put_bytes(url: str, data: bytes) -> None:
     attempt(url, "write", work)
 
 
-def put_first(path: Path, data: bytes) -> None:
-    """Publish `data` under a local name unless that is taken: of many processes at once the first one wins."""
+def create(url: str, data: bytes) -> bool:
+    """Publish `data` under a name that nothing has yet: True, or False where it is taken. Of many at once the first wins.
 
-    def work() -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    A hard link on local disks, `ifGenerationMatch=0` on GCS (gcsfs 2025.3.0 has it too), `If-None-Match: *` on S3; what
+    has none of them (Drive, other stores) is written and read back after a moment, which two at once can both survive.
+    Where the answer to a creation is lost, the name is taken, by our own bytes: give bytes that nobody else writes.
+    """
+
+    def work() -> bool:
+        if is_local(url):
+            return _create_local(local_path(url), data)
+        fs, path = _filesystem(url)
         try:
-            with open(temporary, "wb") as f:
-                f.write(data)
-                f.flush()
-                os.fsync(f.fileno())
-            try:
-                os.link(temporary, path)  # unlike a rename it fails where the name is taken
-            except FileExistsError:
-                return
-            except OSError as e:  # no hard links on exFAT and some mounts: nearly as good
-                if e.errno not in (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP):
-                    raise
-                if not path.exists():
-                    os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+            if url.split("://")[0] not in EXCLUSIVE:
+                raise NotImplementedError
+            fs.pipe_file(path, data, mode="create")
+        except FileExistsError:
+            return fs.cat_file(path) == data
+        except (NotImplementedError, OSError) as e:
+            answer = getattr(e.__cause__, "response", {}).get("Error", {}).get("Code")  # botocore's
+            if answer == "PreconditionFailed":
+                return fs.cat_file(path) == data
+            if answer != "NotImplemented" and not isinstance(e, NotImplementedError):
+                raise
+            if fs.exists(path):
+                return fs.cat_file(path) == data
+            fs.pipe_file(path, data)
+            time.sleep(SETTLE_S)
+            return fs.cat_file(path) == data
+        try:
+            _check_upload(fs, path, url, len(data), hashlib.md5(data, usedforsecurity=False))
+        except OSError:  # the name is ours, with bytes damaged on their way
+            put_bytes(url, data)
+        return True
 
-    attempt(str(path), "write", work)
+    return attempt(url, "write", work)
+
+
+def _create_local(path: Path, data: bytes) -> bool:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary(path)
+    try:
+        with open(temporary, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        try:
+            os.link(temporary, path)  # unlike a rename it fails where the name is taken
+        except FileExistsError:
+            return path.read_bytes() == data
+        except OSError as e:
+            if e.errno not in (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP):
+                raise
+            if path.exists():  # no hard links on exFAT, Drive and some mounts
+                return path.read_bytes() == data
+            os.replace(temporary, path)
+            time.sleep(SETTLE_S)
+            return path.read_bytes() == data
+        _fsync_folder(path.parent)
+        return True
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def put_file(url: str, source: Path) -> None:

@@ -25,6 +25,7 @@ try:
     RETRY_FOR_S = float(os.environ["PERENNIAL_RETRY_FOR_S"])
 except (KeyError, ValueError):
     RETRY_FOR_S = 600.0  # gcsfs alone gives up after about 33 s
+FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 20.0  # between two tries, doubling, with jitter
 DRIVERS = {
     "gs": "gcsfs",
     "gcs": "gcsfs",
@@ -138,7 +139,7 @@ def attempt(url: str, action: str, work: Callable[[], T]) -> T:
         asked = functools.partial(_until, end_s, work)
     retrying = tenacity.Retrying(
         retry=tenacity.retry_if_exception(is_transient),
-        wait=tenacity.wait_random_exponential(multiplier=0.5, max=20),
+        wait=tenacity.wait_random_exponential(multiplier=FIRST_WAIT_S, max=LONGEST_WAIT_S),
         stop=stop,
         before_sleep=_warn if patience_s is None else None,
         reraise=True,

@@ -115,6 +115,8 @@ class FakeGCS:
             self.line_free_s = max(self.line_free_s, self.loop.time()) + len(body) / self.bytes_per_s
             await asyncio.sleep(self.line_free_s - self.loop.time())
         fault = self.faults[kind].pop(0) if self.faults.get(kind) else None
+        if query.get("ifGenerationMatch") == "0" and name in self.objects and kind in ("upload", "session", "chunk"):
+            fault = fault or 412
         if isinstance(fault, int):
             return web.json_response({"error": {"code": fault, "message": "fault on order"}}, status=fault)
         if fault == "drop":
@@ -166,7 +168,8 @@ class FakeGCS:
         number = str(next(self.numbers))
         self.sessions[number] = (name, bytearray())
         bucket = name.split("/")[0]
-        return web.Response(headers={"Location": f"{self.url}/upload/storage/v1/b/{bucket}/o?session={number}"})
+        match = "&ifGenerationMatch=0" if request.query.get("ifGenerationMatch") == "0" else ""
+        return web.Response(headers={"Location": f"{self.url}/upload/storage/v1/b/{bucket}/o?session={number}{match}"})
 
     def _chunk(self, request: web.Request, name: str, body: bytes, fault: object) -> web.Response:
         data = self.sessions[request.query["session"]][1]

@@ -101,13 +101,13 @@ def test_flags_that_contradict_each_other(corpus, tmp_path, flags, says):
 
 
 def test_of_many_processes_at_once_the_first_one_writes(tmp_path):
-    made = list(pool.in_threads(lambda i: fs.put_first(tmp_path / "job", b"%d" % i * 1000), range(50), threads=16))
-    assert len(made) == 50
+    made = list(pool.in_threads(lambda i: fs.create(str(tmp_path / "job"), b"%d" % i * 1000), range(50), threads=16))
+    assert sorted(made) == [False] * 49 + [True]
     assert len(set((tmp_path / "job").read_bytes())) <= 2  # one writer's digits, whole
     assert len((tmp_path / "job").read_bytes()) in (1000, 2000)
     assert [p.name for p in tmp_path.iterdir()] == ["job"]
     before = (tmp_path / "job").read_bytes()
-    fs.put_first(tmp_path / "job", b"later")
+    assert not fs.create(str(tmp_path / "job"), b"later")
     assert (tmp_path / "job").read_bytes() == before
 
 

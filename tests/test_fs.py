@@ -503,6 +503,7 @@ def test_the_first_wins_without_hard_links_too(tmp_path, monkeypatch, number):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "link", refuse)
-    fs.put_first(tmp_path / "job", b"first")
-    fs.put_first(tmp_path / "job", b"later")
+    monkeypatch.setattr(fs, "SETTLE_S", 0.01)
+    assert fs.create(str(tmp_path / "job"), b"first")
+    assert not fs.create(str(tmp_path / "job"), b"later")
     assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"first"]
