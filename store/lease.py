@@ -6,6 +6,7 @@ Each start of a writer creates the next number exclusively, so an epoch has one 
 the run's writer. Nothing here trusts a listing, which can omit the newest and show the deleted: names are asked for.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -105,6 +106,13 @@ class Lease:
         if self.fenced is None and not self._record["released"]:
             self.renew(released=True)
             self._beat(5.0)
+
+    def cancel(self) -> None:
+        """As if it had never been claimed: for a start that was refused before it wrote anything."""
+        self._end.set()
+        self._thread.join(2.0)
+        with contextlib.suppress(StoreError):
+            fs.delete(self._own_name)
 
     @property
     def _own_name(self) -> str:

@@ -7,6 +7,7 @@ import asyncio
 import base64
 import hashlib
 import json
+import random
 import re
 import threading
 from dataclasses import dataclass, field
@@ -35,6 +36,8 @@ class FakeGCS:
     sessions: dict[str, tuple[str, bytearray]] = field(default_factory=dict)
     numbers: Any = field(default_factory=count)
     bytes_per_s: float | None = None  # of the one line that all uploads share
+    fault_rate: float = 0.0  # share of requests that fail in a random way
+    rng: random.Random = field(default_factory=lambda: random.Random(1))
 
     def fail(self, kind: str, fault: int | str, times: int = 1) -> None:
         """Let the next `times` requests of a kind fail.
@@ -95,6 +98,9 @@ class FakeGCS:
     # ---- answering --------------------------------------------------------------------------------------------------
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
+        if request.path == "/faults":  # of the server as a process of its own
+            self.fault_rate = float(request.query["rate"])
+            return web.Response()
         m = API.match(request.raw_path.split("?")[0])
         if not m or request.method not in ("GET", "HEAD", "POST", "DELETE"):
             return web.Response(status=501, text=f"not in this fake: {request.method} {request.raw_path}")
@@ -115,6 +121,10 @@ class FakeGCS:
             self.line_free_s = max(self.line_free_s, self.loop.time()) + len(body) / self.bytes_per_s
             await asyncio.sleep(self.line_free_s - self.loop.time())
         fault = self.faults[kind].pop(0) if self.faults.get(kind) else None
+        if query.get("ifGenerationMatch") == "0" and name in self.objects and kind in ("upload", "session", "chunk"):
+            fault = fault or 412
+        if self.rng.random() < self.fault_rate:
+            fault = self.rng.choice((503, 429, 500, "drop", "drop after", "truncate", "flip"))
         if query.get("ifGenerationMatch") == "0" and name in self.objects and kind in ("upload", "session", "chunk"):
             fault = fault or 412
         if isinstance(fault, int):
@@ -202,3 +212,9 @@ def damaged(data: bytes, how: object) -> bytes:
     """The bytes with the last half missing, or with one bit changed in the middle."""
     middle = len(data) // 2
     return data[:middle] if how == "truncate" else data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+
+
+if __name__ == "__main__":  # prints its address, and serves until it is killed
+    with FakeGCS() as server:
+        print(server.url, flush=True)
+        threading.Event().wait()

@@ -171,4 +171,6 @@ def test_the_first_programs_checkpoint_still_loads_and_trains_on(tmp_path, monke
     assert "goes on from step 2" in (said := capsys.readouterr().out)
     assert "goes on from cpu" not in said
     losses = [m["loss"] for m in steps(tmp_path / "first" / "out")]
-    assert losses == pytest.approx(json.loads((FIRST / "losses.json").read_text()), rel=0.01)  # other torch: 0.1 %; a step off: 2 %
+    assert losses == pytest.approx(
+        json.loads((FIRST / "losses.json").read_text()), rel=0.01
+    )  # other torch: 0.1 %; a step off: 2 %

@@ -10,7 +10,7 @@ import torch
 
 from store import fs
 from store.errors import StoreError
-from tests.helpers import result, train
+from tests.helpers import error_of, result, train
 from tests.test_checkpoint import state, tensors
 from tests.test_resume import SMALL, train_until_killed
 from train import checkpoint, mirror
@@ -166,3 +166,44 @@ def test_a_fault_of_the_saving_thread_is_not_swallowed(data, tmp_path, monkeypat
     monkeypatch.setattr(checkpoint, "save", broken)
     with pytest.raises(ZeroDivisionError):
         train("--data", data, "--steps", 10**6, "--save-every", 1, *SMALL, "--out", tmp_path / "out")
+
+
+def test_two_trainers_on_two_machines_the_second_is_refused_and_the_overtaken_one_cannot_commit(
+    data, tmp_path, monkeypatch, capsys
+):
+    """Two caches are two machines. The second waits for a sign of life and gets one; then the first falls silent."""
+    from store import lease
+
+    monkeypatch.setattr(lease, "TTL_S", 1.0)
+    flags = ("--data", data, *SMALL, "--resume", "--save-every", 5)
+    url = str(tmp_path / "out")
+    first = RunFolder(url)
+    first.local = tmp_path / "first"
+    first.hold()
+    (tmp_path / "out" / "config.json").write_text(
+        '{"format": "perennial-run", "version": 1, "run_id": "r", "config": {}}'
+    )
+    assert "another trainer is writing there" in error_of(train, *flags, "--steps", 10, "--out", url)
+    first.lease._end.set()  # its machine hangs: no beat any more
+    assert train(*flags, "--steps", 10, "--out", url) == 0
+    assert "waiting for a sign of life" in capsys.readouterr().err
+    with pytest.raises(lease.Fenced, match="has taken this run over"):
+        first.fence()
+
+
+def test_a_fenced_trainer_leaves_with_its_own_exit_code(data, tmp_path, monkeypatch, capsys):
+    from train.exits import FENCED
+
+    flags = ("--data", data, *SMALL, "--resume", "--save-every", 5, "--steps", 10**6, "--out", tmp_path / "out")
+    real, saves = checkpoint.save, []
+
+    def save(out, **rest):
+        saves.append(rest["step"])
+        if len(saves) == 3:
+            fs.put_bytes(str(tmp_path / "out" / "leases" / "00000002.json"), b'{"host": "other", "holder": "x"}')
+        return real(out, **rest)
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    assert train(*flags) == FENCED
+    assert [m.step for m in checkpoint.committed(str(tmp_path / "out"))] == saves[:2]
+    assert "has taken this run over" in capsys.readouterr().err

@@ -11,22 +11,21 @@ import secrets
 import shutil
 import sys
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from cli.errors import UserError
 from store import fs, lock
 from store.errors import DataError, NotFound, StoreError
+from store.lease import TTL_S, Lease
 from store.shards import default_cache
 from train import checkpoint
 
 FORMAT, VERSION = "perennial-run", 1
 LOCK = ".lock"
 KEPT = ("metrics.jsonl", "events.jsonl")
-
-
-class Fenced(StoreError):
-    """Another trainer has taken the run over: this one may not commit any more."""
 
 
 class RunFolder:
@@ -39,7 +38,8 @@ class RunFolder:
     def __init__(self, url: str, cache: Path | None = None) -> None:
         self.url, self.run_id, self.attempt = url, "", 0
         self.stored_config: dict[str, Any] | None = None
-        self.held = False
+        self.lease: Lease | None = None
+        self.opened = False
         self.unwritten: dict[str, str] = {}  # lines of logs that could not be appended yet
         self.writing = threading.Lock()  # the loop and the saving threads log
         self.two_tiers = not fs.is_local(url) or fs.local_path(url).is_relative_to(fs.DRIVE)
@@ -85,14 +85,39 @@ class RunFolder:
             return True  # config.json is gone, the checkpoints hold its settings too
         raise UserError(f"{where}: holds something that is not a run ({names[0]} …): give another --out")
 
-    def hold(self) -> None:
-        """Become the one process that writes here. Raises StoreError while another one is."""
-        if not self.held:
-            lock.hold(self.local / LOCK)
-            self.held = True
+    def hold(self, stop: Callable[[], bool] = lambda: False) -> None:
+        """Become the one process that writes here, on this machine by a lock, among all machines by a lease.
+
+        Raises StoreError while another one is alive. One that went silent is waited for, unless `stop` says to leave.
+        """
+        if self.lease is None:
+            key, told = lock.hold(self.local / LOCK), False
+
+            def wait(seconds: float, record: dict[str, Any]) -> None:
+                nonlocal told
+                if not told:
+                    told = True
+                    self.warn(f"{fs.redact(self.url)}: its last trainer (host {record.get('host', 'unknown')}) gave no notice of its "
+                              f"end: waiting for a sign of life, {TTL_S:g} seconds at most")  # fmt: skip
+                if stop():
+                    raise UserError("stopped while waiting for another trainer's lease to lapse")
+                time.sleep(seconds)
+
+            self.lease = Lease.claim(self.url, key, {}, wait, above=self.attempt)
+
+    def release(self) -> None:
+        """Let the next trainer begin at once; nothing is left of a start that was refused. Safe to call at any time."""
+        if self.lease is not None:
+            (self.lease.release if self.opened else self.lease.cancel)()
 
     def fence(self) -> None:
         """Called before every commit: raises Fenced when another trainer has taken the run over."""
+        self.lease.check()
+
+    def saved_last(self) -> tuple[str, ...]:
+        """The step folder that the last trainer reported as committed in `url`: a listing may not show it yet."""
+        name = (self.lease.previous or {}).get("saved") if self.lease else None
+        return (name,) if isinstance(name, str) and checkpoint.STEP_NAME.fullmatch(name) else ()
 
     def places(self) -> list[str]:
         """Where this run's checkpoints are, the nearest first."""
@@ -113,8 +138,7 @@ class RunFolder:
             self._begin_local_tier()
         self.run_id = self.run_id or secrets.token_hex(4)
         fs.delete_leftovers(str(self.local))
-        started = sum(e.get("event") == "start" for e in read_lines(self.local / "events.jsonl"))
-        self.attempt = max(self.attempt, started) + 1
+        self.attempt, self.opened = self.lease.epoch, True
         # what was logged after the checkpoint will happen, and be logged, again
         kept = [m for m in read_lines(self.local / "metrics.jsonl") if m.get("step", 0) <= step]
         fs.put_bytes(str(self.local / "metrics.jsonl"), b"".join(json.dumps(m).encode() + b"\n" for m in kept))

@@ -6,9 +6,10 @@ import time
 from cli.progress import count
 from store import fs
 from store.errors import StoreError
+from store.lease import Fenced
 from train import checkpoint
 from train.checkpoint import Manifest
-from train.folder import Fenced, RunFolder
+from train.folder import RunFolder
 
 PAUSE_S = 20.0  # after a failure that outlasted store.retry's own patience
 
@@ -25,7 +26,7 @@ class Mirror:
         self.uploading: Manifest | None = None
         self.stored: Manifest | None = None  # the newest that is committed there
         self.waiting_since_s: float | None = None  # when the oldest offer that is not answered yet was made
-        self.error: StoreError | None = None  # of the last try
+        self.error: BaseException | None = None  # of the last try
         self.leaving = False
         self.changed = threading.Condition()
         threading.Thread(target=self._work, daemon=True, name="mirror").start()
@@ -47,7 +48,9 @@ class Mirror:
     def finish(self, timeout_s: float | None) -> bool:
         """Wait until everything offered, and the logs, are stored: True. False when that failed or took too long."""
         with self.changed:
-            self.leaving, self.error = True, None
+            self.leaving = True
+            if isinstance(self.error, StoreError) and not isinstance(self.error, Fenced):
+                self.error = None  # it is tried once more
             self.changed.notify_all()
             self.changed.wait_for(lambda: not self.leaving or self.error, timeout_s)
             done, self.leaving = not self.leaving, False
@@ -63,14 +66,14 @@ class Mirror:
                 if manifest:
                     self._upload(manifest)
                 self.folder.publish()
-            except Fenced as e:
-                with self.changed:
+            except BaseException as e:
+                if isinstance(e, StoreError) and not isinstance(e, Fenced):
+                    self._failed(manifest, e)
+                    continue
+                with self.changed:  # for the loop to raise: this run is no longer ours, or a fault of our own
                     self.error = e
                     self.changed.notify_all()
                 return
-            except StoreError as e:
-                self._failed(manifest, e)
-                continue
             with self.changed:
                 self.uploading = None
                 if self.offered is manifest:
@@ -83,6 +86,7 @@ class Mirror:
         self.folder.publish()  # the logs of a step are there before the step is
         checkpoint.upload(self.folder.local, self.folder.url, manifest, fence=self.folder.fence)
         seconds = time.monotonic() - start_s
+        self.folder.lease.renew(step=manifest.step, saved=manifest.name)
         with self.changed:
             self.stored, self.error = manifest, None
         self.folder.event("saved", step=manifest.step, tier="remote", bytes=manifest.n_bytes, seconds=round(seconds, 3))

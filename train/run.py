@@ -19,6 +19,7 @@ import torch
 
 from cli import flags
 from cli.errors import UserError
+from store.lease import Fenced
 from train import checkpoint
 from train import config as settings
 from train.batches import Batches, validation_windows
@@ -27,7 +28,7 @@ from train.data import Data, open_data, same_data
 from train.diagnosis import diagnose
 from train.elastic import machine_record, moved
 from train.exits import DIVERGED, FENCED, FINISHED, STOPPED, UNSAVED
-from train.folder import Fenced, RunFolder
+from train.folder import RunFolder
 from train.log import TrainLog, describe, show_samples, summarize
 from train.precision import Machine, choose_machine, choose_micro_batch
 from train.preempt import StopSignal
@@ -45,14 +46,22 @@ def main(argv: list[str] | None = None) -> int:
     config = settings.with_places(config)
 
     folder = RunFolder(config.out, config.cache_folder)
+    try:
+        return start(config, given, folder, stop)
+    finally:
+        folder.release()
+
+
+def start(config: TrainConfig, given: frozenset[str], folder: RunFolder, stop: StopSignal) -> int:
+    """All before the loop: a fresh or resumed state from flags, checkpoints and data."""
     if settings.dies_with_the_machine(config.out):
         folder.warn(
             f"--out {config.out} is on this Colab machine and goes when it goes: mount your Drive, or give a gs:// URL"
         )
     found = None
     if folder.is_a_run(resume=config.resume):
-        folder.hold()  # before looking: what a living trainer is just deleting would seem damaged
-        found = checkpoint.load_newest(folder.places(), folder.warn)
+        folder.hold(stop)  # before looking: what a living trainer is just deleting would seem damaged
+        found = checkpoint.load_newest(folder.places(), folder.warn, also=folder.saved_last())
     if found:
         config = settings.merge_resumed(found.state["config"], config, given)
     elif (
@@ -130,6 +139,7 @@ def train(
         if stop():
             break
         saver.check()
+        folder.lease.renew(step=state.step)
         ids = to_device(host_ids, machine)  # (batch, block + 1)
         lr = rate(config, state.step, total)
         loss, norm = train_step(

@@ -11,10 +11,11 @@ from torch import Tensor
 from cli.progress import count, duration
 from store import fs
 from store.errors import StoreError
+from store.lease import Fenced
 from train import checkpoint
 from train.checkpoint import Manifest
 from train.config import AUTO, TrainConfig
-from train.folder import Fenced, RunFolder
+from train.folder import RunFolder
 from train.guard import first_nonfinite
 from train.mirror import Mirror
 from train.precision import Machine
@@ -64,7 +65,7 @@ class Saver:
         self.stall_s, self.write_s = 0.0, 0.0  # of the newest save: what the loop lost, what the thread took
         self.late = False  # a save is due while one is in flight
         self.waiting_since_s: float | None = None  # when the oldest save that is not committed yet was begun
-        self.error: Exception | None = None  # of the newest save; None once one is committed
+        self.error: BaseException | None = None  # of the newest save; None once one is committed
         self.mirror = Mirror(folder, keep=config.keep) if folder.two_tiers else None
 
     def resumed(self, manifest: Manifest, place: str) -> None:
@@ -115,35 +116,33 @@ class Saver:
         self.thread.start()
 
     def _write(self, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
-        start_s = time.monotonic()
         try:
-            self.snapshot.wait()
-            for part, named in tensors.items():
-                if wrong := first_nonfinite(named):
-                    raise StoreError(f"{wrong} in {part} is not finite: such a state is never kept")
-            manifest = checkpoint.save(
-                self.folder.local, step=step, run_id=self.folder.run_id, attempt=self.folder.attempt,
-                val_loss=state["val_loss"], tensors=tensors, state=state,
-                fence=(lambda: None) if self.mirror else self.folder.fence,
-            )  # fmt: skip
-        except StoreError as e:
+            self._commit(step, tensors, state)
+        except BaseException as e:  # for `check` to raise in the loop: it must not die with the thread
             self.error = e
-            self.folder.warn(f"checkpoint at step {step} failed, training goes on: {e}")
-            self.folder.event("save_failed", step=step, tier="local", error=str(e))
-            return
-        except Exception as e:  # a fault of ours must surface in the loop, not die with the thread
-            self.error = e
-            return
+            if isinstance(e, StoreError) and not isinstance(e, Fenced):
+                self.folder.warn(f"checkpoint at step {step} failed, training goes on: {e}")
+                self.folder.event("save_failed", step=step, tier="local", error=str(e))
+
+    def _commit(self, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+        start_s = time.monotonic()
+        self.snapshot.wait()
+        for part, named in tensors.items():
+            if wrong := first_nonfinite(named):
+                raise StoreError(f"{wrong} in {part} is not finite: such a state is never kept")
+        manifest = checkpoint.save(
+            self.folder.local, step=step, run_id=self.folder.run_id, attempt=self.folder.attempt,
+            val_loss=state["val_loss"], tensors=tensors, state=state,
+            fence=(lambda: None) if self.mirror else self.folder.fence,
+        )  # fmt: skip
         self.write_s = time.monotonic() - start_s
+        if not self.mirror:
+            self.folder.lease.renew(step=step, saved=manifest.name)
         self.saved_step, self.error, self.waiting_since_s = step, None, None
         self.folder.event(
-            "saved",
-            step=step,
-            tier="local",
-            bytes=manifest.n_bytes,
-            seconds=round(self.write_s, 3),
+            "saved", step=step, tier="local", bytes=manifest.n_bytes, seconds=round(self.write_s, 3),
             stall_s=round(self.stall_s, 4),
-        )
+        )  # fmt: skip
         where = fs.redact(fs.join(str(self.folder.local), manifest.name))
         print(f"saved      {where} ({count(manifest.n_bytes)}B in {duration(self.write_s)})", flush=True)
         try:
