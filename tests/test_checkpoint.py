@@ -70,7 +70,16 @@ def flip_bit(path: Path, other: Path) -> None:
     path.write_bytes(raw)
 
 
+def zero_page(path: Path, other: Path) -> None:
+    """A page of the file that never reached the disk; shorter files are one page."""
+    raw = bytearray(path.read_bytes())
+    at = len(raw) // 2 // 512 * 512
+    raw[at : at + 512] = bytes(len(raw[at : at + 512]))
+    path.write_bytes(raw)
+
+
 DAMAGES = {
+    "a zeroed page": zero_page,
     "truncated": lambda path, other: path.write_bytes(path.read_bytes()[:-1]),
     "empty": lambda path, other: path.write_bytes(b""),
     "zeroed": lambda path, other: path.write_bytes(bytes(path.stat().st_size)),
@@ -140,6 +149,43 @@ def test_no_flipped_bit_of_a_manifest_goes_unnoticed(tmp_path):
             same = False
         if not same:
             assert checkpoint.committed(str(tmp_path)) == [], position
+
+
+def test_what_is_damaged_here_is_taken_from_there(tmp_path):
+    """Both tiers hold the newest step: the damaged copy is set aside, the sound one used."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    for step in (10, 20):
+        checkpoint.upload(here, str(there), save(here, step))
+    flip_bit(here / "step-00000020-0001" / "optimizer.safetensors", here)
+    found, warnings = load(here, there)
+    assert (found.manifest.step, found.place, len(warnings)) == (20, str(there), 1)
+    shutil.rmtree(there / "step-00000020-0001")
+    found, _ = load(here, there)
+    assert (found.manifest.step, found.place) == (10, str(here))
+
+
+def test_a_later_attempt_is_newer_than_a_higher_step(tmp_path):
+    """A trainer that was thought dead wakes up and commits: what its successor wrote stays the run."""
+    save(tmp_path, 10, attempt=1)
+    save(tmp_path, 20, attempt=2)
+    save(tmp_path, 30, attempt=1)
+    assert load(tmp_path)[0].manifest.step == 20
+    checkpoint.retain(str(tmp_path), 1)
+    assert [m.name for m in checkpoint.committed(str(tmp_path))] == ["step-00000020-0002"]
+
+
+def test_a_listing_that_omits_the_newest_or_shows_the_deleted_misleads_nobody(tmp_path, monkeypatch):
+    newest = [save(tmp_path, step) for step in (10, 20)][-1]
+    real = fs.list_folder
+
+    def lying(url):
+        entries = [e for e in real(url) if e.name != newest.name]
+        return [*entries, fs.Entry("step-00000015-0001", None)] if url == str(tmp_path) else entries
+
+    monkeypatch.setattr(fs, "list_folder", lying)
+    warnings: list[str] = []
+    found = checkpoint.load_newest([str(tmp_path)], warnings.append, also=[newest.name])
+    assert (found.manifest.step, warnings) == (20, [])
 
 
 def test_all_damaged_is_refused_and_never_a_fresh_start(tmp_path):

@@ -1,6 +1,8 @@
-"""The soak at its smallest: real processes of every kind, really killed. scripts/soak_prep.py alone does more."""
+"""The soaks at their smallest: real processes, really killed. The scripts alone do more."""
 
-from scripts import soak_prep
+import pytest
+
+from scripts import soak_prep, soak_train
 
 
 def test_every_way_gives_the_same_bytes(capsys, tmp_path):
@@ -33,3 +35,17 @@ def test_it_tells_a_difference_and_a_failure(capsys, tmp_path):
     soak.way("broken", broken)
     assert soak.failed
     assert "FAILED: exit code 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("where", ["local", "gs"])
+def test_training_under_misfortune_ends_as_the_quiet_run(capsys, tmp_path, where):
+    train = soak_train.SMALL.replace("--steps 6000", "--steps 1500")
+    flags = ("--train", train, "--minutes", "0.25", "--every", "2", "--out", where, "--folder", str(tmp_path))
+    assert soak_train.main(flags) == 0, capsys.readouterr()
+    assert "equal to the quiet run: weights, moments" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_training_soak_tells_a_difference():
+    with pytest.raises(soak_train.Broken, match=r"model\.safetensors differ"):
+        soak_train.compare({"model.safetensors": "a", "step": 3}, {"model.safetensors": "b", "step": 3})
