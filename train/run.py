@@ -203,7 +203,7 @@ def leave(
 ) -> int:  # fmt: skip
     """Told to stop: the state is committed if the grace lasts, first on this machine, then where the run lives."""
     if step > saver.begun_step or saver.error:
-        if saver.wait(stop.seconds_left() - saver.write_s):
+        if saver.wait(stop.seconds_left() - saver.write_s) and stop.seconds_left() >= saver.write_s:
             save()
         else:
             folder.warn(f"no time left to save step {step}: {saver.newest()} is what is saved")
