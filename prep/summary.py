@@ -59,3 +59,17 @@ def dropped(counts: Counter) -> str:
     return ", ".join(
         f"{n} {k.removeprefix('dropped_')}" for k, n in sorted(counts.items()) if n and k.startswith("dropped_")
     )
+
+
+def little_left(counts: Counter) -> str:
+    """ "only 3 of 4000 documents are left, most were dropped as language (3990): "; "" where half of them are."""
+    if 2 * counts["encoded"] >= counts["documents"]:
+        return ""
+    lost = {
+        k: n
+        for k, n in counts.items()
+        if k.startswith("dropped_") or k in ("duplicates", "near_duplicates", "left_out_of_mix")
+    }
+    reason = max(lost, key=lambda name: (lost[name], name))
+    return (f"only {counts['encoded']} of {counts['documents']} documents are left, most were dropped as "
+            f"{reason.removeprefix('dropped_')} ({lost[reason]}): ")  # fmt: skip

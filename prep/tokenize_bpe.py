@@ -27,8 +27,8 @@ from cli.errors import USER_ERRORS, Unfinished, UserError
 from cli.progress import recorded
 from cli.stop import stoppable
 from gpt.tokenizer import Tokenizer
-from prep import clean as cleaning
 from prep import (
+    bpe,
     corpus,
     encode,
     merge,
@@ -43,18 +43,19 @@ from prep import (
     vocabulary,
     work_folder,
 )
+from prep import clean as cleaning
 from prep.given import load as load_tokenizer
 from prep.pool import Executor, Pool, usable_cpus
 from prep.settings import (
     Settings,
     check,
-    check_tokenizer,
+    check_effect,
     cleaning_settings,
     default_output,
     describe_job,
     fields_of,
 )
-from prep.summary import dropped, show_input, show_summary
+from prep.summary import dropped, little_left, show_input, show_summary
 from store import fs, lock
 from store.errors import StoreError
 from store.retry import patience
@@ -82,7 +83,7 @@ def prepare(argv: list[str] | None) -> int:
         print(cleaning.describe_rules())
         return 0
     check(settings)
-    check_tokenizer(settings, given)
+    check_effect(settings, given)
     mix = mixing.parse(settings.mix)
     inputs = mix.inputs if mix else settings.input
     output = settings.output or default_output(inputs[0])
@@ -162,7 +163,10 @@ def build(
         pool=pool,
     )
 
-    tokenizer = Tokenizer(make_tokenizer(settings, cleaned, selection, work, trainer, given_tokenizer, pool))
+    try:
+        tokenizer = Tokenizer(make_tokenizer(settings, cleaned, selection, work, trainer, given_tokenizer, pool))
+    except bpe.TooLittleText as e:
+        raise UserError(f"{little_left(cleaned.counts + selection.counts)}{e}") from e
     engine, warning = encode.choose_engine(tokenizer, stages.proof_texts(cleaned))
     if warning:
         print(f"warning: {warning}", file=sys.stderr)

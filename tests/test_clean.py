@@ -179,7 +179,9 @@ def test_flags_reach_the_text_and_the_job(tmp_path):
     assert "--blocklist" in error_of(prepare, *flags, "--output", tmp_path / "d", "--resume")
     (tmp_path / "block.txt").write_text("\n# nothing\n")
     assert "holds no word" in error_of(prepare, *flags, "--output", tmp_path / "e")
-    assert "ISO 639" in error_of(prepare, *flags[:4], "--language", "english,de", "--output", tmp_path / "e")
+    assert "--language english: expected codes" in error_of(
+        prepare, *flags[:4], "--language", "english,de", "--output", tmp_path / "e"
+    )
 
 
 def test_without_ftfy_the_rule_is_refused_and_the_rest_works(tmp_path):
@@ -216,6 +218,10 @@ def test_language():
     german = conversation("Wo ist bitte die nächste Bäckerei?", "Zwei Straßen weiter, auf der linken Seite.")
     assert cleaner.clean(english)[0] == english
     assert cleaner.clean(german)[0] == "language"
+    assert clean.check_languages(("EN", "als")) == ("en", "als")
+    for unknown in ("xx", "english", "e"):
+        message = error_of(clean.check_languages, ("en", unknown))
+        assert message.startswith(f"--language {unknown}: expected codes such as en,de; known are af als am ")
 
 
 def test_a_link_is_replaced_to_its_end():

@@ -1,6 +1,7 @@
 """Flags come from a dataclass, and whatever the user can get wrong is one line on stderr and exit code 2."""
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import prep.settings
+import train.config
 from cli import flags
 from cli.flags import flag, number
 
@@ -128,6 +131,15 @@ def test_help_shows_each_flag_with_its_default(capsys):
                   "--resume, --no-resume go on (default: False)", "--name TEXT a name (default: run)"):  # fmt: skip
         assert words in text
     assert "sequences at once (default" not in text
+
+
+@pytest.mark.parametrize("settings", [prep.settings.Settings, train.config.TrainConfig], ids=["prep", "train"])
+def test_no_help_names_two_defaults(settings, capsys):
+    with pytest.raises(SystemExit):
+        flags.parse(settings, ["--help"], prog="prog", description="")
+    helps = re.split(r"\n  --", capsys.readouterr().out)
+    assert len(helps) > 20
+    assert [h for h in helps if h.count("(default") > 1] == []
 
 
 def test_mutable_defaults_are_refused():

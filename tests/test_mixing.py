@@ -14,8 +14,11 @@ def test_parse():
     assert mixing.parse(()) is None
     mix = mixing.parse(("a b.txt=0.7", "https://h/x?a=1&b=2=3"))
     assert (mix.inputs, mix.weights) == (("a b.txt", "https://h/x?a=1&b=2"), (0.7, 3.0))
-    for bad in ("a.txt", "a.txt=", "=0.5", "a.txt=0", "a.txt=-1", "a.txt=nan", "a.txt=inf", "a.txt=x"):
+    for bad in ("a.txt", "a.txt=", "=0.5", "a.txt=nan", "a.txt=inf", "a.txt=x"):
         assert "expected SOURCE=SHARE" in error_of(mixing.parse, (bad,))
+    for bad in ("a.txt=0", "a.txt=-1"):
+        assert "a share is more than 0" in error_of(mixing.parse, (bad,))
+    assert "named twice" in error_of(mixing.parse, ("a.txt=0.5", "b.txt=1", "a.txt=0.5"))
 
 
 def test_fractions_are_the_largest_total_without_repeats():
@@ -76,6 +79,6 @@ def test_mix_errors(two_sources, corpus, tmp_path):
     out = ("--output", tmp_path / "d")
     assert "leave --input out" in error_of(prepare, "--mix", *two_sources, "--input", corpus, *out)
     assert "--limit" in error_of(prepare, "--mix", *two_sources, "--limit", "1kB", *out)
-    same = error_of(prepare, "--mix", f"{corpus}=1", f"{corpus}=2", *out)  # its files went to the first
+    same = error_of(prepare, "--mix", f"{corpus}=1", f"{corpus.parent}/*.txt=2", *out)  # its files went to the first
     assert "has no text after cleaning" in same
     assert not (tmp_path / "d").exists()

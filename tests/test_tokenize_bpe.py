@@ -14,6 +14,7 @@ from gpt.tokenizer import Tokenizer
 from prep import corpus as planning
 from prep import merge, pool, reading, stages, tokenize_bpe
 from prep.formats import documents as documents_of
+from prep.settings import Settings, check
 from store.shards import TokenShards
 from tests.helpers import command, error_of, files, prepare, start
 
@@ -272,6 +273,7 @@ def bad_inputs(tmp_path, corpus, data):
     (tmp_path / "md").mkdir()
     (tmp_path / "md" / "read.md").write_bytes(b"About something, in a format that is not read.\n")
     (tmp_path / "file").write_bytes(b"x")
+    (tmp_path / "the.txt").write_text("the\na\n")
     (tmp_path / "junk.json").write_bytes(b"{}")
     ok = ("--input", corpus)
     return {
@@ -280,6 +282,13 @@ def bad_inputs(tmp_path, corpus, data):
         "empty file": (("--input", tmp_path / "empty.txt"), "empty (0 bytes)"),
         "blank file": (("--input", tmp_path / "blank.txt"), "the corpus is empty"),
         "a folder with nothing to read": (("--input", tmp_path / "md"), "no text found there"),
+        "a file named twice": (("--input", corpus, corpus), "corpus.txt: named twice"),
+        "a level of nothing": ((*ok, "--level", 3), "no effect without --compress"),
+        "fields of plain text": ((*ok, "--text-field", "body"), "is text, without fields"),
+        "a blocklist of nearly everything": (
+            (*ok, "--blocklist", tmp_path / "the.txt"),
+            "most were dropped as blocklist (",
+        ),
         "shards too large": ((*ok, "--shard-tokens", "2G"), "expected at most"),
         "binary file": (("--input", tmp_path / "binary.txt"), "looks binary"),
         "invalid UTF-8, strict": (("--input", tmp_path / "latin.txt", "--clean", "strict"), "invalid UTF-8 (e9"),
@@ -308,6 +317,11 @@ def test_each_user_error_is_one_line_and_writes_nothing(corpus, data, tmp_path):
         assert files(tmp_path) == before, name
         assert not (tmp_path / "out").exists(), name
     assert files(data) == data_before
+
+
+def test_workers_are_one_or_more():
+    for n in (0, -3):
+        assert f"--workers {n}: expected 1 or more" in error_of(check, Settings(("a.txt",), workers=n))
 
 
 @pytest.mark.parametrize("flag", ["--input", "--output", "--tokenizer", "--blocklist"])
