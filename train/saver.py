@@ -26,31 +26,47 @@ class Unsaved(StoreError):
 
 
 class Snapshot:
-    """A second home for a state's tensors in host memory, allocated once (page-locked for a GPU) and filled again."""
+    """A second home for a state's tensors: one block of host memory, allocated once (page-locked for a GPU) and refilled."""
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
-        self.buffers: dict[str, dict[str, Tensor]] = {}
+        self.buffers: dict[str, dict[str, Tensor]] = {}  # by part and name: views of the block
         self.copied: torch.cuda.Event | None = None
 
     def take(self, parts: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
         """Copies of all tensors, by part and name, on the CPU; `wait` before reading them."""
         on_gpu = self.machine.device.type == "cuda"
+        if {p: t.keys() for p, t in parts.items()} != {p: t.keys() for p, t in self.buffers.items()}:
+            self._allocate(parts, on_gpu)
         for part, tensors in parts.items():
-            mine = self.buffers.setdefault(part, {})
             for name, t in tensors.items():
-                if name not in mine:
-                    mine[name] = torch.empty(t.shape, dtype=t.dtype, pin_memory=on_gpu)
-                mine[name].copy_(t.detach(), non_blocking=on_gpu)
+                self.buffers[part][name].copy_(t.detach(), non_blocking=on_gpu)
         if on_gpu:  # the next step's kernels queue behind these copies: the host need not wait for either
             self.copied = torch.cuda.Event()
             self.copied.record()
         return self.buffers
 
+    def _allocate(self, parts: dict[str, dict[str, Tensor]], on_gpu: bool) -> None:
+        self.buffers = {}
+        block = torch.empty(sum(_padded(t) for named in parts.values() for t in named.values()), dtype=torch.uint8)
+        if on_gpu:
+            # `pin_memory=True` would round each tensor up to a power of two. Refused (no rights), copies merely wait.
+            torch.cuda.cudart().cudaHostRegister(block.data_ptr(), block.nbytes, 1)
+        at = 0
+        for part, tensors in parts.items():
+            self.buffers[part] = {}
+            for name, t in tensors.items():
+                self.buffers[part][name] = block[at : at + t.nbytes].view(t.dtype).view(t.shape)
+                at += _padded(t)
+
     def wait(self) -> None:
         """Until the copies are complete."""
         if self.copied is not None:
             self.copied.synchronize()
+
+
+def _padded(t: Tensor) -> int:
+    return -(-t.nbytes // 64) * 64  # every view begins where any dtype, and a cache line, may
 
 
 class Saver:
