@@ -51,6 +51,14 @@ def real(text: str) -> float:
     return value
 
 
+def seconds(text: str) -> float:
+    """A duration in seconds: 90s, 30m, 11.5h, 2d. Raises ValueError."""
+    m = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([smhd])", text.strip().lower())
+    if not m:
+        raise ValueError(f"{text!r} is not a duration such as 90s, 30m, 11.5h or 2d")
+    return float(m[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[m[2]]
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line instead of argparse's usage block, with the flag that was probably meant."""
@@ -76,13 +84,15 @@ def _plain_type(hint: Any) -> Any:
     return hint
 
 
-def parse(config_type: type[C], argv: Sequence[str] | None, *, prog: str, description: str) -> tuple[C, frozenset[str]]:
+def parse(
+    config_type: type[C], argv: Sequence[str] | None, *, prog: str, description: str, epilog: str | None = None
+) -> tuple[C, frozenset[str]]:
     """(the filled dataclass, the names of the fields that were given on the command line).
 
     A bool field gives --name and --no-name, a Literal field its choices, a tuple field one or more values.
     A bad or unknown flag prints one line and exits with code 2.
     """
-    parser = _Parser(prog=prog, description=description, allow_abbrev=False)
+    parser = _Parser(prog=prog, description=description, epilog=epilog, allow_abbrev=False)
     hints = typing.get_type_hints(config_type)
     for f in dataclasses.fields(config_type):  # type: ignore[arg-type]
         hint = _plain_type(hints[f.name])

@@ -26,12 +26,14 @@ def prepare(*arguments: object) -> int:
 
 
 def train(*arguments: object) -> int:
-    """train/run.py in this process; signal handlers are put back."""
+    """train/run.py in this process; signal handlers are put back, its watchdog ends."""
     handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     try:
         return run.main([*map(str, arguments)])
     finally:
         lock.let_go()
+        if (watched := signal.set_wakeup_fd(-1)) != -1:
+            os.close(watched)
         for number, handler in handlers.items():
             signal.signal(number, handler)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cli.errors import UserError
-from cli.flags import flag, number
+from cli.flags import flag, number, seconds
 from gpt.model import GPTConfig
 from gpt.presets import preset
 from store import fs
@@ -102,6 +102,14 @@ class TrainConfig:
     max_skipped: int = flag(
         20, "steps in a row left out for a loss or gradient that is not a number, before training stops"
     )
+    grace_seconds: float = flag(
+        30.0, "from a stop signal to the kill: 8 for docker stop, 4 for RunPod, 30 for GCE Spot and Kubernetes"
+    )
+    stop_after: float | None = flag(
+        None,
+        "save and stop that long after the process began, before a known limit: 90s, 30m, 11.5h, 2d",
+        parse=seconds,
+    )
     keep: int = flag(2, "newest checkpoints to keep; the best by validation loss is kept too")
 
     @property
@@ -112,7 +120,19 @@ class TrainConfig:
 
 RUN_LENGTH = ("steps", "epochs", "tokens")
 # what depends on the machine, or on where things lie, is not remembered: an A100's micro-batch would not fit a T4
-FORGOTTEN = ("data", "out", "resume", "micro_batch", "device", "precision", "compile", "loading", "cache")
+FORGOTTEN = (
+    "data",
+    "out",
+    "resume",
+    "micro_batch",
+    "device",
+    "precision",
+    "compile",
+    "loading",
+    "cache",
+    "grace_seconds",
+    "stop_after",
+)
 LOGGING = (
     "log_every",
     "eval_every",
@@ -145,7 +165,7 @@ def check(config: TrainConfig) -> None:
     at_least = {"steps": 1, "epochs": 0, "tokens": 1, "batch": 1, "micro_batch": 1, "warmup": 0, "lr": 0, "clip": 0,
                 "weight_decay": 0, "log_every": 1, "eval_every": 0, "eval_tokens": 1, "sample_every": 0,
                 "save_every": 0, "save_every_minutes": 0, "preemption_minutes": 0, "max_unsaved_minutes": 0,
-                "max_skipped": 1, "keep": 1, "block_size": 1}  # fmt: skip
+                "max_skipped": 1, "grace_seconds": 0, "keep": 1, "block_size": 1}  # fmt: skip
     for name, least in at_least.items():
         value = getattr(config, name)
         if value is not None and value != AUTO and not value >= least:

@@ -7,12 +7,12 @@ import datetime
 import hashlib
 import json
 import os
+import platform
 import secrets
 import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,12 @@ from store import fs, lock
 from store.errors import DataError, NotFound, StoreError
 from store.lease import TTL_S, Lease
 from store.shards import default_cache
-from train import checkpoint
+from train import checkpoint, clock
 
 FORMAT, VERSION = "perennial-run", 1
 LOCK = ".lock"
 KEPT = ("metrics.jsonl", "events.jsonl")
+ENDS = ("finished", "stopped", "diverged", "unsaved", "fenced")  # events of an attempt that ended by itself
 
 
 class RunFolder:
@@ -85,10 +86,10 @@ class RunFolder:
             return True  # config.json is gone, the checkpoints hold its settings too
         raise UserError(f"{where}: holds something that is not a run ({names[0]} …): give another --out")
 
-    def hold(self, stop: Callable[[], bool] = lambda: False) -> None:
+    def hold(self) -> None:
         """Become the one process that writes here, on this machine by a lock, among all machines by a lease.
 
-        Raises StoreError while another one is alive. One that went silent is waited for, unless `stop` says to leave.
+        Raises StoreError while another one is alive. One that went silent is waited for.
         """
         if self.lease is None:
             key, told = lock.hold(self.local / LOCK), False
@@ -99,8 +100,6 @@ class RunFolder:
                     told = True
                     self.warn(f"{fs.redact(self.url)}: its last trainer (host {record.get('host', 'unknown')}) gave no notice of its "
                               f"end: waiting for a sign of life, {TTL_S:g} seconds at most")  # fmt: skip
-                if stop():
-                    raise UserError("stopped while waiting for another trainer's lease to lapse")
                 time.sleep(seconds)
 
             self.lease = Lease.claim(self.url, key, {}, wait, above=self.attempt)
@@ -131,16 +130,24 @@ class RunFolder:
         except (NotFound, ValueError, KeyError, TypeError, DataError):
             return False
 
-    def open(self, config: dict[str, Any], tokenizer_json: str, *, step: int) -> None:
-        """Begin an attempt at `step`: write identity on the first, cut the logs back to the step on a later one."""
+    def open(
+        self, config: dict[str, Any], tokenizer_json: str, *, step: int, val_due: bool = False, **about: Any
+    ) -> None:
+        """Begin an attempt at `step`: write identity on the first, cut the logs back to the step on a later one.
+
+        With `val_due` the validation after it is still to come. `about` is noted with the start.
+        """
         self.hold()
         if self.two_tiers and not self._local_is_current():
             self._begin_local_tier()
         self.run_id = self.run_id or secrets.token_hex(4)
         fs.delete_leftovers(str(self.local))
         self.attempt, self.opened = self.lease.epoch, True
+        events, metrics = read_lines(self.local / "events.jsonl"), read_lines(self.local / "metrics.jsonl")
+        if (crash := crash_found(events, metrics, step, self.lease.previous)) is not None:
+            self.event("crash_found", **crash)
         # what was logged after the checkpoint will happen, and be logged, again
-        kept = [m for m in read_lines(self.local / "metrics.jsonl") if m.get("step", 0) <= step]
+        kept = [m for m in metrics if m.get("step", 0) < step + ("val_loss" not in m or not val_due)]
         fs.put_bytes(str(self.local / "metrics.jsonl"), b"".join(json.dumps(m).encode() + b"\n" for m in kept))
         identity = {
             "format": FORMAT,
@@ -153,7 +160,7 @@ class RunFolder:
         for place in dict.fromkeys((str(self.local), self.url)):
             fs.put_bytes(fs.join(place, "config.json"), json.dumps(identity, indent=1).encode())
         fs.put_bytes(fs.join(self.url, "tokenizer.json"), tokenizer_json.encode())
-        self.event("start", step=step)
+        self.event("start", step=step, host=platform.node(), **about)
 
     def _begin_local_tier(self) -> None:
         """Empty the local tier of what another run left, or of what is history since another machine went on."""
@@ -174,8 +181,10 @@ class RunFolder:
 
     def event(self, event: str, **fields: Any) -> None:
         """Append one line to events.jsonl: what happened, when, in which attempt. Any thread may."""
-        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
-        self._append("events.jsonl", [{"time": now, "attempt": self.attempt, "event": event, **fields}])
+        now = _iso(datetime.datetime.now(datetime.UTC).timestamp())
+        # `up_s` is what durations are made of: `time` moves with the wall clock
+        line = {"time": now, "up_s": round(clock.up_s(), 3), "attempt": self.attempt, "event": event, **fields}
+        self._append("events.jsonl", [line])
 
     def _append(self, name: str, lines: list[dict[str, Any]]) -> None:
         """Append now, or with the next lines where the place is away or full: training does not stop for its log."""
@@ -228,6 +237,31 @@ def _identity(place: str) -> dict[str, Any] | None:
             f"{fs.redact(place)}: run format {data['version']} is newer than this program's {VERSION}: update it"
         )
     return data
+
+
+def _iso(timestamp: float) -> str:
+    return datetime.datetime.fromtimestamp(timestamp, datetime.UTC).isoformat(timespec="milliseconds")
+
+
+def crash_found(
+    events: list[dict[str, Any]], metrics: list[dict[str, Any]], step: int, lease: dict[str, Any] | None
+) -> dict[str, Any] | None:
+    """What is known of an end that the last attempt did not tell of, as the next one begins at `step`; None without one.
+
+    `lease` is what its holder last wrote, every 15 seconds. Steps after that, and not logged yet, are not known of.
+    """
+    if not events:
+        return None
+    last = events[-1]
+    of = last.get("attempt")
+    told = any(e.get("event") in ENDS for e in events if e.get("attempt") == of)
+    beat = lease if lease and lease.get("epoch") == of else {}
+    last_step = max((n for n in (beat.get("step"), *(m.get("step") for m in metrics)) if isinstance(n, int)), default=0)
+    if told and last_step <= step:
+        return None
+    stamp = beat.get("time")
+    last_time = _iso(stamp) if isinstance(stamp, int | float) and 0 < stamp < 1e11 else last.get("time")
+    return {"of": of, "last_step": last_step, "last_time": last_time, "steps_lost": max(last_step - step, 0)}
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

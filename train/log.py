@@ -95,9 +95,9 @@ class TrainLog:
         ]
         print(" | ".join(parts), flush=True)
 
-    def pause(self) -> "_Pause":
-        """`with log.pause():` around what is not training, so that tokens/s tells of training."""
-        return _Pause(self)
+    def pause(self, event: str | None = None, **fields: Any) -> "_Pause":
+        """`with log.pause():` around what is not training, so that tokens/s tells of training; noted as an `event`."""
+        return _Pause(self, event, fields)
 
     def validation(self, step: int, val_loss: float) -> None:
         """Record a validation loss."""
@@ -105,15 +105,18 @@ class TrainLog:
 
 
 class _Pause:
-    def __init__(self, log: TrainLog) -> None:
-        self.log = log
+    def __init__(self, log: TrainLog, event: str | None, fields: dict[str, Any]) -> None:
+        self.log, self.event, self.fields = log, event, fields
 
     def __enter__(self) -> None:
         self.log.machine.synchronize()
         self.start_s = time.monotonic()
 
     def __exit__(self, *error: Any) -> None:
-        self.log.paused_s += time.monotonic() - self.start_s
+        seconds = time.monotonic() - self.start_s
+        self.log.paused_s += seconds
+        if self.event:
+            self.log.folder.event(self.event, **self.fields, seconds=round(seconds, 3))
 
 
 def describe(

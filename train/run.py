@@ -10,9 +10,13 @@ from pathlib import Path
 
 if __name__ == "__main__":  # Python put this file's folder first in sys.path: the project's root belongs there
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    from train.preempt import leave_at_once
+
+    leave_at_once()  # before torch is imported: that takes seconds, and a signal can come in them
 
 import dataclasses
 import math
+import time
 from collections.abc import Callable
 
 import torch
@@ -20,14 +24,14 @@ import torch
 from cli import flags
 from cli.errors import UserError
 from store.lease import Fenced
-from train import checkpoint
+from train import checkpoint, clock, gce
 from train import config as settings
 from train.batches import Batches, validation_windows
 from train.config import TrainConfig
 from train.data import Data, open_data, same_data
 from train.diagnosis import diagnose
 from train.elastic import machine_record, moved
-from train.exits import DIVERGED, FENCED, FINISHED, STOPPED, UNSAVED
+from train.exits import DIVERGED, FENCED, FINISHED, MEANINGS, STOPPED, UNSAVED
 from train.folder import RunFolder
 from train.log import TrainLog, describe, show_samples, summarize
 from train.precision import Machine, choose_machine, choose_micro_batch
@@ -40,15 +44,24 @@ from train.step import to_device, train_step, validation_loss
 
 def main(argv: list[str] | None = None) -> int:
     """Train. Returns one of train/exits.py; raises USER_ERRORS."""
-    stop = StopSignal()
-    config, given = flags.parse(TrainConfig, argv, prog="run.py", description=__doc__.split("\n")[0])
+    config, given = flags.parse(
+        TrainConfig, argv, prog="run.py", description=__doc__.split("\n")[0], epilog=f"exit codes: {MEANINGS}"
+    )
     settings.check(config)
     config = settings.with_places(config)
-
     folder = RunFolder(config.out, config.cache_folder)
+    stop = StopSignal(grace_s=config.grace_seconds, stop_after_s=config.stop_after)
     try:
+        gce.watch(stop.ask)
         return start(config, given, folder, stop)
+    except BaseException:  # a library that is interrupted may raise another exception in the place of ours
+        if not stop.interrupted:
+            raise
+        stop.record("stopped", signal=stop.name)
+        print(f"stopped by {stop.name} with nothing new to save; the same command with --resume goes on")
+        return STOPPED
     finally:
+        stop.nothing_to_save = False  # what is left to do is not interrupted any more
         folder.release()
 
 
@@ -60,7 +73,7 @@ def start(config: TrainConfig, given: frozenset[str], folder: RunFolder, stop: S
         )
     found = None
     if folder.is_a_run(resume=config.resume):
-        folder.hold(stop)  # before looking: what a living trainer is just deleting would seem damaged
+        folder.hold()  # before looking: what a living trainer is just deleting would seem damaged
         found = checkpoint.load_newest(folder.places(), folder.warn, also=folder.saved_last())
     if found:
         config = settings.merge_resumed(found.state["config"], config, given)
@@ -72,7 +85,9 @@ def start(config: TrainConfig, given: frozenset[str], folder: RunFolder, stop: S
     machine = choose_machine(config.device, config.precision, config.compile)
     config = settings.with_recipe(config, machine.device.type)
 
+    data_began_s = time.monotonic()
     data = open_data(config)
+    data_s = round(time.monotonic() - data_began_s, 3)
     if found:
         same_data(found.state, data.tokens)
     shape = settings.model_config(config, data.tokens.vocab_size)
@@ -93,15 +108,21 @@ def start(config: TrainConfig, given: frozenset[str], folder: RunFolder, stop: S
         here = machine_record(machine, config.micro_batch)
         if line := moved(found.state.get("machine", {}), here, dropout=config.dropout > 0):
             print(f"machine    {line}")
-    folder.open(settings.stored_form(config), data.tokenizer.json_text, step=state.step)
+    folder.open(
+        settings.stored_form(config), data.tokenizer.json_text,
+        step=state.step, val_due=state.val_due, machine=machine.name, model=config.model, data_s=data_s,
+        resumed_from=found.manifest.name if found else None,
+    )  # fmt: skip
+    stop.record = folder.event
     saver = Saver(config, folder, machine, step=state.step)
     if found:
         saver.resumed(found.manifest, found.place)
         del found  # a second copy of weights and moments is not wanted while training
     describe(config, shape, machine, data, folder, state, total)
     try:
-        if state.step >= total:
+        if state.step >= total and not state.val_due:
             saver.finish()
+            folder.event("finished", step=state.step)
             print(
                 f"finished already: step {state.step} of {total}; give a larger --steps, --epochs or --tokens to go on"
             )
@@ -135,31 +156,46 @@ def train(
         state.elapsed_s = log.elapsed_s
         saver.begin(state.step, state_tensors(state, machine), state_record(config, state, data, machine))
 
+    def validate() -> float | None:
+        with log.pause("evaluated", step=state.step):
+            loss = stop.unless_stopped(
+                lambda: validation_loss(model, windows, micro_batch=config.micro_batch, machine=machine, stop=stop)
+            )
+        state.val_due = loss is None and stop()
+        if loss is not None and not math.isfinite(loss):
+            folder.warn(f"the validation loss at step {state.step} is not a number")
+            loss = None
+        state.val_loss = loss if loss is not None else state.val_loss
+        return loss
+
+    if state.val_due and (val_loss := validate()) is not None:
+        log.validation(state.step, val_loss)
     for host_ids in batches.ahead(state.step, total):
         if stop():
             break
         saver.check()
         folder.lease.renew(step=state.step)
         ids = to_device(host_ids, machine)  # (batch, block + 1)
-        lr = rate(config, state.step, total)
+        lr, begin_s = rate(config, state.step, total), time.monotonic()
         loss, norm = train_step(
             model, forward, state.optimizer, state.scaler, ids,
             micro_batch=config.micro_batch, lr=lr, clip=config.clip, machine=machine, stop=stop,
         ) or (None, None)  # fmt: skip
         if loss is None:
             break
+        if stop.nothing_to_save:  # the first step, compilation included
+            stop.nothing_to_save = False
+            machine.synchronize()
+            if machine.compile:
+                folder.event("compiled", seconds=round(time.monotonic() - begin_s, 3))
+            folder.event("first_step", seconds=round(clock.up_s(), 3))
         state.step += 1
         log.step(state.step, lr, loss, norm)
 
         last = state.step == total
         new_val = None
         if last or due(state.step, config.eval_every):
-            with log.pause():
-                new_val = validation_loss(model, windows, micro_batch=config.micro_batch, machine=machine, stop=stop)
-                if new_val is not None and not math.isfinite(new_val):
-                    folder.warn(f"the validation loss at step {state.step} is not a number")
-                    new_val = None
-                state.val_loss = new_val if new_val is not None else state.val_loss
+            new_val = validate()
         save_due = not last and saver.due(state.step)
         if last or new_val is not None or save_due or log.is_due(state.step, config.log_every):
             log.line(val_loss=new_val)
@@ -172,9 +208,10 @@ def train(
         elif save_due:
             with log.pause():
                 save()
+        stop.reserve_s = saver.write_s
         if config.sample_every and (last or due(state.step, config.sample_every)):
-            with log.pause():
-                show_samples(config, state, data, folder, machine, stop)
+            with log.pause("sampled", step=state.step):
+                stop.unless_stopped(lambda: show_samples(config, state, data, folder, machine, stop))
 
     log.flush()
     state.guard.look_at(state.model)
@@ -186,7 +223,7 @@ def train(
             print(f"  {line}", file=sys.stderr)
         print(f"  start a new run with a lower --lr than {config.lr:g}", file=sys.stderr)
         return DIVERGED
-    if state.step < total:
+    if state.step < total or state.val_due:
         return leave(stop, saver, save, folder, state.step, total)
     saver.wait()
     save()

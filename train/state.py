@@ -31,6 +31,7 @@ class State:
     step: int = 0  # optimizer steps done
     elapsed_s: float = 0.0  # of all attempts
     val_loss: float | None = None  # the last one measured
+    val_due: bool = False  # a signal came in the validation after this step: it is still to be done
 
 
 def checkpoint_fits(found: checkpoint.Checkpoint, shape: GPTConfig) -> None:
@@ -70,6 +71,7 @@ def state_record(config: TrainConfig, state: State, data: Data, machine: Machine
         "tokens": state.step * config.batch * config.block_size,
         "elapsed_s": state.elapsed_s,
         "val_loss": state.val_loss,
+        "val_due": state.val_due,
         "scaler": state.scaler.state_dict(),
         "guard": state.guard.record(),
         "config": stored_form(config),
@@ -102,7 +104,7 @@ def restore(state: State, found: checkpoint.Checkpoint, machine: Machine) -> Non
         except (KeyError, TypeError, RuntimeError) as e:
             raise DataError(f"state.json: not the state of a GradScaler ({e!r})") from e
     state.step, state.elapsed_s = found.state["step"], found.state["elapsed_s"]
-    state.val_loss = found.state["val_loss"]
+    state.val_loss, state.val_due = found.state["val_loss"], bool(found.state.get("val_due"))
     state.guard.load({k: int(_number(v)) for k, v in found.state.get("guard", {}).items()})
     machine.set_rng_tensors(rng)
 
