@@ -122,7 +122,9 @@ def test_with_nothing_to_save_it_leaves_at_once():
     assert seconds < 1.5
     swallows = "stop.nothing_to_save = True\nwhile True:\n try: ready(); time.sleep(60)\n except BaseException: pass"
     for body in (swallows, "stop.nothing_to_save = True\nready()\nin_c()"):
-        code, seconds, said = leaves(light(body), TERM)
+        process = light(body)
+        time.sleep(0.2)  # until it is where it says
+        code, seconds, said = leaves(process, TERM)
         assert code == 75
         assert seconds < preempt.UNWIND_S + 1.5
         assert "nothing new to save" in said

@@ -32,6 +32,7 @@ def train_until_killed(monkeypatch, step, *flags):
 
     def dying(*args, **kwargs):
         nonlocal calls
+        savers[-1].wait()  # steps of milliseconds: on a busy disk the saves would come late, and be others
         out = real(*args, **kwargs)
         calls += 1
         if calls == step:

@@ -24,7 +24,7 @@ STOP_AFTER = "--stop-after"
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 ONE_REQUEST_S = 0.1  # kernel and shell both hang up on a closed terminal; wrappers pass on what their group got already
 LAST_CHANCE_S = 0.4  # after a second signal: Colab's second press on Stop is SIGTERM, and SIGKILL half a second later
-UNWIND_S = 2.0  # for the main thread to leave by itself when there is nothing to save
+UNWIND_S = 1.0  # for the main thread to leave by itself when there is nothing to save
 SPARE_S = 0.1  # of the grace, for the exit itself
 SAY_S = 0.5  # for the last words: a terminal that was halted must not keep the process
 
