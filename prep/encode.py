@@ -17,6 +17,9 @@ Engine = str  # "fastokens" or "tokenizers"
 # Of all characters the two that fastokens 0.3.5 cuts words at otherwise than `tokenizers`: the long s, which is an s when
 # case is ignored ('ſ ends a word as 's does in cl100k and o200k), and a separator that is no white space any more (gpt2).
 DOUBTFUL = "\u017f\u180e"
+# fastokens 0.3.5 loads a vocabulary in the square of its longest token: 0.16 s at 4,096 bytes, half an hour at the
+# 500,000 that a "word" of one letter, repeated in a few documents, teaches
+LONGEST_TOKEN = 4096
 
 
 class Encoder:
@@ -53,6 +56,11 @@ def choose_engine(tokenizer: Tokenizer, sample: Sequence[str]) -> tuple[Engine, 
     if importlib.util.find_spec("fastokens") is None:
         return "tokenizers", ("fastokens is not installed: encoding with tokenizers, same ids, about 40 times slower "
                               "(pip install -r requirements-prep.txt)")  # fmt: skip
+    if (longest := max(map(len, tokenizer.reference.get_vocab()))) > LONGEST_TOKEN:
+        return (
+            "tokenizers",
+            f"a token is {longest} bytes long, too long for fastokens: encoding with tokenizers, slower",
+        )
     try:
         ids, lengths = Encoder(tokenizer, "fastokens").encode_batch(sample)
     except Exception as e:  # whatever it raises about this tokenizer.json, the reference can do it

@@ -110,7 +110,7 @@ def prepare(argv: list[str] | None) -> int:
         work,
         output,
         job,
-        versions | {"Unicode": unicodedata.unidata_version, "this program": work_folder.code_version()},
+        versions | {"Unicode": unicodedata.unidata_version},
         resume=resume,
         share=settings.task_index,
     )

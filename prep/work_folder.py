@@ -12,6 +12,9 @@ from store.shards import TokenShards, default_cache
 
 JOB, LOCK = "job.json", ".lock"
 PROJECT = Path(__file__).resolve().parent.parent
+# Modules of prep that decide no byte of what passes between tasks: they ask, show, wait, or describe in one go at the end
+NO_BYTES = {"charts", "pool", "ray_pool", "report", "report_page", "settings", "shares", "spool", "summary", "timing",
+            "verdict", "work_folder"}  # fmt: skip
 
 
 def place(output: str, asked: str) -> Path:
@@ -68,7 +71,8 @@ def enter(
     """Make or re-enter the folder and lock it for the life of this process; True when it is new.
 
     A `share` of the work may be done beside other shares, anything else alone. Raises UserError when the folder belongs
-    to another job or was begun with other versions: half of the bytes would be the one's, half the other's.
+    to another job or was begun with other versions: half of the bytes would be the one's, half the other's. An update
+    of this program is no other version where it changed nothing that makes bytes.
     """
     created = is_new(work, output)
     lock.hold(work / LOCK, shared=share is not None)
@@ -76,23 +80,24 @@ def enter(
         lock.hold(work / f"{LOCK}-{share}")
     if not (created or resume):
         raise UserError(f"{fs.redact(output)}: holds an unfinished run: add --resume to go on, or delete it")
-    fs.create(str(work / JOB), json.dumps(job | {"versions": versions}).encode())
+    fs.create(str(work / JOB), json.dumps(job | {"versions": versions, "code": code_versions()}).encode())
     begun = json.loads((work / JOB).read_bytes())
     same_job(begun, job, output)
     for name, now in versions.items():
         if (before := begun["versions"].get(name)) != now:
             raise UserError(f"{fs.redact(output)}: was begun with {name} {before}, now it is {now}: "
                             f"install that version again, or delete {work} and begin anew")  # fmt: skip
+    if changed := sorted(name for name, _ in begun.get("code", {}).items() ^ code_versions().items()):
+        raise UserError(f"{fs.redact(output)}: was begun with another version of this program, which has changed since "
+                        f"({changed[0]}): check the old one out again, or delete {work} and begin anew")  # fmt: skip
     return created
 
 
-def code_version() -> str:
-    """A hash of the project's own code that makes bytes: a run must not begin with one version and end with another."""
-    digest = hashlib.sha256()
-    for package in ("cli", "gpt", "prep", "store"):
-        for path in sorted((PROJECT / package).glob("*.py")):
-            digest.update(f"{package}/{path.name}\n".encode() + path.read_bytes())
-    return digest.hexdigest()[:12]
+def code_versions() -> dict[str, str]:
+    """A hash of each module that makes bytes: a run must not begin with one version and end with another."""
+    modules = [p for p in (PROJECT / "prep").glob("*.py") if p.stem not in NO_BYTES]
+    modules += [PROJECT / name for name in ("gpt/tokenizer.py", "store/hashing.py", "store/shards.py")]
+    return {f"{p.parent.name}/{p.name}": hashlib.sha256(p.read_bytes()).hexdigest()[:12] for p in modules}
 
 
 def remove(work: Path, output: str) -> None:

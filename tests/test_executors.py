@@ -1,6 +1,7 @@
 """Where tasks run changes nothing: separate commands in any order, Ray, a killed worker, a signal."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -61,25 +62,40 @@ def test_other_versions_or_other_code_do_not_go_on_with_a_run(corpus, tmp_path, 
     """Half of the bytes would be the one's, half the other's."""
     array = ("--input", corpus, "--output", tmp_path / "d", *FLAGS)
     prepare(*array, "--num-tasks", 2, "--task-index", 0)
+    real = work_folder.code_versions()
     with monkeypatch.context() as m:
-        m.setattr(work_folder, "code_version", lambda: "another")
+        m.setattr(work_folder, "code_versions", lambda: {**real, "prep/clean.py": "another"})
         for more in (("--num-tasks", 2, "--task-index", 1), ("--resume",)):
-            assert "now it is another: install that version again" in error_of(prepare, *array, *more)
+            assert "has changed since (prep/clean.py)" in error_of(prepare, *array, *more)
     with monkeypatch.context() as m:
         m.setattr(tokenize_bpe, "version", lambda name: "0.0")
         assert "was begun with tokenizers" in error_of(prepare, *array, "--resume")
     assert prepare(*array, "--resume") == 0
 
 
-def test_the_version_of_the_code_is_that_of_its_files(tmp_path, monkeypatch):
-    for name in ("cli", "gpt", "prep", "store"):
-        (tmp_path / name).mkdir()
+def test_an_update_that_changes_no_bytes_is_gone_on_with(tmp_path, monkeypatch):
+    for name in ("gpt", "prep", "store"):
+        shutil.copytree(work_folder.PROJECT / name, tmp_path / name)
+    before = work_folder.code_versions()
     monkeypatch.setattr(work_folder, "PROJECT", tmp_path)
-    (tmp_path / "prep" / "clean.py").write_text("a = 1")
-    before = work_folder.code_version()
-    assert work_folder.code_version() == before
-    (tmp_path / "prep" / "clean.py").write_text("a = 2")
-    assert work_folder.code_version() != before
+    for shown in ("prep/summary.py", "prep/report_page.py", "gpt/model.py", "store/retry.py"):
+        (tmp_path / shown).write_text("changed = True")
+    assert work_folder.code_versions() == before
+    for makes_bytes in ("prep/clean.py", "gpt/tokenizer.py", "store/shards.py"):
+        (tmp_path / makes_bytes).write_text("changed = True")
+        assert work_folder.code_versions() != before
+        before = work_folder.code_versions()
+
+
+def test_all_that_tasks_run_counts_as_code():
+    """A module that is forgotten in NO_BYTES, or grows into one that makes bytes, would let two versions mix."""
+    code = "import sys, prep.stages, prep.vocabulary; print(*(m for m in sys.modules if m.startswith('prep.')))"
+    ran = subprocess.run(
+        [sys.executable, "-c", code], cwd=work_folder.PROJECT, capture_output=True, text=True, check=True
+    )
+    loaded = {name.removeprefix("prep.") for name in ran.stdout.split()}
+    assert "clean" in loaded
+    assert loaded & work_folder.NO_BYTES == {"pool"}
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Laws 5 and 6: ids equal the reference's, text comes back exactly, and no text can forge a special token."""
 
+import time
 import unicodedata
 from itertools import product
 
@@ -120,6 +121,17 @@ def test_the_fast_engine_cuts_words_where_the_reference_does(split):
     expected, expected_lengths = tokenizer.encode_batch(texts)
     assert np.array_equal(lengths, expected_lengths)
     assert np.array_equal(ids, expected)
+
+
+def test_a_giant_token_is_not_given_to_an_engine_that_chokes_on_it():
+    """Half an hour for one of 500,000 letters, which a corpus with a few long runs of one letter teaches."""
+    pytest.importorskip("fastokens")
+    words = {"a" * 60_000: 2, "a" * 50_000: 2}
+    giant = Tokenizer(bpe.train_on_words(words, bpe.MIN_VOCAB + 14, 2, "o200k"))
+    started_s = time.process_time()
+    engine, warning = encode.choose_engine(giant, ["a" * 70_000])
+    assert (engine, warning[:31]) == ("tokenizers", "a token is 16384 bytes long, to")
+    assert time.process_time() - started_s < 1
 
 
 def test_an_engine_that_differs_is_not_used(tokenizer, monkeypatch):
