@@ -14,9 +14,11 @@ import os
 import re
 import struct
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import xxhash
@@ -98,11 +100,14 @@ class ShardWriter:
     """Write one shard of a known number of tokens to a local file, in bounded memory.
 
     `with ShardWriter(path, n_tokens, dtype, level=3) as w: w.write(ids)…`, then `w.entry(split, documents)`.
-    The file appears under `path` only when complete. `level=None` writes a raw shard.
+    The file appears under `path` only when complete. `level=None` writes a raw shard. Without `durable` there is no
+    fsync: for copies that are proved by their hash whenever they are found.
     """
 
-    def __init__(self, path: Path, n_tokens: int, dtype: np.dtype, *, level: int | None) -> None:
-        self.path, self.dtype, self.n_tokens, self.written = path, dtype, n_tokens, 0
+    def __init__(
+        self, path: Path, n_tokens: int, dtype: np.dtype, *, level: int | None, durable: bool = True
+    ) -> None:  # fmt: skip
+        self.path, self.dtype, self.n_tokens, self.written, self.durable = path, dtype, n_tokens, 0, durable
         header = make_header(n_tokens, dtype)
         self.temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         self.file = open(self.temporary, "wb")  # noqa: SIM115 - closed in __exit__
@@ -156,7 +161,8 @@ class ShardWriter:
                 if self.compressor is not None:
                     self._store(_seek_table(self.frames))
                 self.file.flush()
-                os.fsync(self.file.fileno())
+                if self.durable:
+                    os.fsync(self.file.fileno())
                 self.file.close()
                 os.replace(self.temporary, self.path)
         finally:
@@ -214,28 +220,31 @@ class TokenShards:
 
     def check_sizes(self) -> None:
         """Raise DataError when a shard is missing or has another size than recorded: the cheap check, at start."""
-        for shard in self.shards:
-            found = fs.size(fs.join(self.url, shard.name))
+        urls = [fs.join(self.url, shard.name) for shard in self.shards]
+        with ThreadPoolExecutor(1 if fs.is_local(self.url) else 8) as pool:  # a hundred answers of 50 ms each are 5 s
+            sizes = list(pool.map(lambda url, context: context.run(fs.size, url), urls, [copy_context() for _ in urls]))
+        for shard, found in zip(self.shards, sizes, strict=True):
             if found != shard.stored_bytes:
                 what = "is missing" if found is None else f"has {found} bytes"
                 raise DataError(f"{fs.redact(self.url)}: shard {shard.name} {what}, expected {shard.stored_bytes} bytes: "
                                 "copy it again, or re-run prep")  # fmt: skip
 
-    def load(self, shard: Shard, *, preload: bool) -> np.ndarray:
+    def load(self, shard: Shard, *, preload: bool, stored: Callable[[], BinaryIO] | None = None) -> np.ndarray:
         """All tokens of one shard, (tokens,) uint16 or uint32, every stored byte verified on the way.
 
         `preload` reads them into memory; otherwise they are memory-mapped, from the cache if remote or compressed.
+        `stored` opens the shard's stored bytes where they are to be had otherwise than from its URL.
         """
         url = fs.join(self.url, shard.name)
-        if fs.is_local(url) and not shard.name.endswith(".zst"):
+        if stored is None and fs.is_local(url) and not shard.name.endswith(".zst"):
             path = fs.local_path(url)
             _verify(shard, url)
             return self._map(path, shard, preload=preload)
         if not preload:
-            return self._map(self._cached(shard), shard, preload=False)
+            return self._map(self._cached(shard, stored), shard, preload=False)
         out = np.empty(shard.tokens, self.dtype)
         view, filled = memoryview(out.view(np.uint8)), 0
-        for piece in self._raw_pieces(shard):
+        for piece in self._raw_pieces(shard, stored):
             if filled + len(piece) > len(view):
                 raise _wrong_length(url, shard)
             view[filled : filled + len(piece)] = piece
@@ -256,29 +265,35 @@ class TokenShards:
             return np.fromfile(path, dtype, offset=HEADER_BYTES)
         return np.memmap(path, dtype, mode="r", offset=HEADER_BYTES, shape=(tokens,))
 
-    def _cached(self, shard: Shard) -> Path:
+    def copy_path(self, shard: Shard) -> Path:
+        """Where the raw local copy of a shard is, or would be."""
+        return (self.cache or default_cache() / "shards") / f"{shard.sha256[:20]}-{shard.name.removesuffix('.zst')}"
+
+    def copied(self, shard: Shard) -> np.ndarray | None:
+        """The raw local copy, memory-mapped and proved by its hash; None where there is none, or a damaged one."""
+        try:
+            tokens = self._map(self.copy_path(shard), shard, preload=False)
+        except (DataError, FileNotFoundError):
+            return None
+        return tokens if xxhash.xxh3_64(tokens.view(np.uint8)).hexdigest() == shard.xxh3 else None
+
+    def _cached(self, shard: Shard, stored: Callable[[], BinaryIO] | None) -> Path:
         """The raw local copy, which appears only once verified; one that is damaged since then is made again."""
-        cache = self.cache or default_cache() / "shards"
-        path = cache / f"{shard.sha256[:20]}-{shard.name.removesuffix('.zst')}"
-        if not self._is_sound_copy(path, shard):
-            cache.mkdir(parents=True, exist_ok=True)
-            with ShardWriter(path, shard.tokens, self.dtype, level=None) as w:
-                for piece in self._raw_pieces(shard):
+        path = self.copy_path(shard)
+        if self.copied(shard) is None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with ShardWriter(path, shard.tokens, self.dtype, level=None, durable=False) as w:
+                for piece in self._raw_pieces(shard, stored):
                     w.write(np.frombuffer(piece, self.dtype))
         return path
 
-    def _is_sound_copy(self, path: Path, shard: Shard) -> bool:
-        try:
-            tokens = self._map(path, shard, preload=False)
-        except (DataError, FileNotFoundError):
-            return False
-        return xxhash.xxh3_64(tokens.view(np.uint8)).hexdigest() == shard.xxh3
-
-    def _raw_pieces(self, shard: Shard) -> Iterable[memoryview | bytes]:
+    def _raw_pieces(
+        self, shard: Shard, stored: Callable[[], BinaryIO] | None = None
+    ) -> Iterable[memoryview | bytes]:  # fmt: skip
         """The raw token bytes after the header, piece by piece; stored bytes are proved at the end: use nothing before."""
         url = fs.join(self.url, shard.name)
         digest, raw_hash, header, odd = hashlib.sha256(), xxhash.xxh3_64(), b"", b""
-        with fs.open_stream(url) as f:
+        with stored() if stored else fs.open_stream(url) as f:
             hashing = _HashingReader(f, digest.update)
             source = (
                 zstandard.ZstdDecompressor().stream_reader(hashing, read_across_frames=True)

@@ -10,6 +10,7 @@ import json
 import random
 import re
 import threading
+from collections import Counter
 from dataclasses import dataclass, field
 from itertools import count
 from types import SimpleNamespace
@@ -35,7 +36,8 @@ class FakeGCS:
     faults: dict[str, list[int | str]] = field(default_factory=dict)
     sessions: dict[str, tuple[str, bytearray]] = field(default_factory=dict)
     numbers: Any = field(default_factory=count)
-    bytes_per_s: float | None = None  # of the one line that all uploads share
+    served: Counter[str] = field(default_factory=Counter)  # bytes read, by object
+    bytes_per_s: float | None = None  # of the one line that all uploads and reads share
     fault_rate: float = 0.0  # share of requests that fail in a random way
     rng: random.Random = field(default_factory=lambda: random.Random(1))
 
@@ -117,9 +119,8 @@ class FakeGCS:
             _, meta, body = body.split(b"\n\n", 2)
             name, body = f"{bucket}/{json.loads(meta.split(b'--==')[0])['name']}", body[: -len(b"\n--==0==--")]
         self.seen.append((kind, name))
-        if self.bytes_per_s and kind in ("upload", "chunk"):
-            self.line_free_s = max(self.line_free_s, self.loop.time()) + len(body) / self.bytes_per_s
-            await asyncio.sleep(self.line_free_s - self.loop.time())
+        if kind in ("upload", "chunk"):
+            await self._pass(len(body))
         fault = self.faults[kind].pop(0) if self.faults.get(kind) else None
         if query.get("ifGenerationMatch") == "0" and name in self.objects and kind in ("upload", "session", "chunk"):
             fault = fault or 412
@@ -134,9 +135,18 @@ class FakeGCS:
         if fault in ("truncate", "flip") and kind in ("upload", "chunk"):
             body = damaged(body, fault)
         response = web.Response() if fault == "drop" else getattr(self, f"_{kind}")(request, name, body, fault)
+        if kind == "read" and request.method == "GET" and response.body:
+            await self._pass(len(response.body))
+            if request.transport:  # else whoever asked is gone
+                self.served[name] += len(response.body)
         if fault == "drop after":
             request.transport.abort()
         return response
+
+    async def _pass(self, n_bytes: int) -> None:
+        if self.bytes_per_s:
+            self.line_free_s = max(self.line_free_s, self.loop.time()) + n_bytes / self.bytes_per_s
+            await asyncio.sleep(self.line_free_s - self.loop.time())
 
     def _info(self, request: web.Request, name: str, body: bytes, fault: object) -> web.Response:
         return web.json_response(self._about(name)) if name in self.objects else web.Response(status=404)

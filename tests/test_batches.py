@@ -60,6 +60,19 @@ def test_one_shard_at_a_time():
     assert (np.diff(shard) != 0).sum() == 2
 
 
+@given(
+    st.lists(st.integers(0, 300), min_size=1, max_size=5), st.integers(0, 99), st.integers(0, 400), st.integers(0, 400)
+)
+@settings(max_examples=60, deadline=None)
+def test_the_shards_between_are_those_that_are_read_in_that_order(lengths, seed, begin, length):
+    order = WindowOrder(lengths, BLOCK, seed)
+    if not order.per_epoch:
+        return
+    positions = np.arange(begin, begin + length)
+    read = dict.fromkeys(zip((positions // order.per_epoch).tolist(), order.locate(positions)[0].tolist(), strict=True))
+    assert list(order.shards_between(begin, begin + length)) == [shard for _, shard in read]
+
+
 def test_batches_are_pure_and_span_epochs():
     data = shards(200, 333, 90)
     a = Batches(data, block_size=BLOCK, batch=16, seed=5)

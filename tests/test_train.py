@@ -18,7 +18,8 @@ from tests.helpers import command, error_of, files, prepare, result, train
 from tests.test_checkpoint import rewrite
 from train import batches as order
 from train import checkpoint
-from train.data import choose_preload
+from train.config import TrainConfig
+from train.data import choose_preload, open_data
 from train.schedule import learning_rate
 
 SHAPE = ("--model", "tiny", "--n-embd", 64, "--block-size", 64, "--device", "cpu")
@@ -101,13 +102,20 @@ def test_500_steps_reach_the_loss_of_a_textbook_loop(data, tmp_path):
 
 
 def test_chat_is_seen_in_the_tokens(data, tmp_path):
-    from train.config import TrainConfig
-    from train.data import open_data
-
-    assert open_data(TrainConfig(data=str(data))).chat
+    assert is_chat(data)
     (tmp_path / "plain.txt").write_text("\n\n".join(f"It was day {i}, and User: is a word." for i in range(999)))
     assert prepare("--input", tmp_path / "plain.txt", "--output", tmp_path / "d", "--vocab-size", 300) == 0
-    assert not open_data(TrainConfig(data=str(tmp_path / "d"))).chat
+    assert not is_chat(tmp_path / "d")
+
+
+def is_chat(folder):
+    config = TrainConfig(data=str(folder), block_size=32, batch=4)
+    opened = open_data(config)
+    batches = order.Batches(opened.train, block_size=32, batch=4, seed=1, lengths=opened.train.lengths)
+    opened.begin(config, batches, 0, 1)
+    assert opened.ready(lambda: False)
+    opened.staging.close()
+    return opened.chat
 
 
 @pytest.mark.parametrize(
@@ -221,7 +229,7 @@ def bad_runs(data, corpus, tmp_path):
         "unfinished dataset": (("--data", altered(data, tmp_path / "d0", lambda f: (f / "metadata.json").unlink())), "no token dataset"),
         "missing shard": (("--data", altered(data, tmp_path / "d1", lambda f: (f / shard).unlink())), f"{shard} is missing"),
         "cut shard": (("--data", altered(data, tmp_path / "d2", lambda f: (f / shard).write_bytes(b"x"))), f"{shard} has 1 bytes"),
-        "altered shard": (("--data", altered(data, tmp_path / "d3", lambda f: flip(f / shard))), shard),
+        "altered shards": (("--data", altered(data, tmp_path / "d3", lambda f: [flip(p) for p in f.glob("*.zst")])), ".bin.zst: damaged"),
         "newer dataset": (("--data", altered(data, tmp_path / "d4", lambda f: newer(f / "metadata.json"))), "newer than this"),
         "swapped tokenizer": (("--data", altered(data, tmp_path / "d5", lambda f: (f / "tokenizer.json").write_text("{}"))),
                               "not the tokenizer these shards were made with"),

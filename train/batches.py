@@ -2,13 +2,13 @@
 
 Training reads an endless row of epochs. In each epoch every window of `block_size` tokens is seen once: shards come in
 an order of that epoch's own, windows inside a shard in a permutation of its own, and the grid of windows is shifted by
-an offset of its own. Only one shard is read at a time, so memory-mapped reads stay local and training could begin with
-the first shard. There is no state: nothing to save, nothing to lose, and another micro-batch changes nothing.
+an offset of its own. Only one shard is read at a time, so memory-mapped reads stay local and training begins with the
+first shard, while train/staging.py brings the others. There is no state: nothing to save, nothing to lose, and another micro-batch changes nothing.
 """
 
 import threading
-from collections.abc import Iterator
-from queue import Queue
+from collections.abc import Callable, Iterator, Sequence
+from queue import Empty, Queue
 
 import numpy as np
 
@@ -53,7 +53,7 @@ class WindowOrder:
         epoch = position // self.per_epoch
         shard, start = np.empty_like(position), np.empty_like(position)
         for e in np.unique(epoch).tolist():  # a batch touches one epoch, or two
-            order = np.argsort(mix(np.arange(len(self.windows)), self.seed * 3 + e * 7919), kind="stable")
+            order = self._shard_order(e)
             ends = np.cumsum(self.windows[order])
             here = epoch == e
             within = position[here] % self.per_epoch
@@ -69,15 +69,35 @@ class WindowOrder:
             shard[here], start[here] = s, first
         return shard, start
 
+    def shards_between(self, begin: int, end: int) -> Iterator[int]:
+        """The shards that the windows at positions [begin, end) lie in, as they are read: each once in every epoch."""
+        while begin < end:
+            epoch = begin // self.per_epoch
+            at = epoch * self.per_epoch
+            for shard in self._shard_order(epoch).tolist():
+                first, at = at, at + int(self.windows[shard])
+                if at > max(begin, first) and first < end:
+                    yield shard
+            begin = at
+
+    def _shard_order(self, epoch: int) -> np.ndarray:
+        return np.argsort(mix(np.arange(len(self.windows)), self.seed * 3 + epoch * 7919), kind="stable")
+
 
 class Batches:
-    """Training batches from token arrays, one per shard. Raises UserError when they do not fill one batch."""
+    """Training batches from token arrays, one per shard. Raises UserError when they do not fill one batch.
 
-    def __init__(self, shards: list[np.ndarray], *, block_size: int, batch: int, seed: int) -> None:
+    `lengths` tells how many tokens each array has where it may not be there yet; then `shards[i]` waits for it.
+    """
+
+    def __init__(
+        self, shards: Sequence[np.ndarray], *, block_size: int, batch: int, seed: int, lengths: list[int] | None = None
+    ) -> None:
+        lengths = [len(s) for s in shards] if lengths is None else lengths
         self.shards, self.batch, self.block_size = shards, batch, block_size
-        self.order = WindowOrder([len(s) for s in shards], block_size, seed)
+        self.order = WindowOrder(lengths, block_size, seed)
         if self.order.per_epoch < batch:
-            raise UserError(f"the training split has {sum(map(len, shards)):,} tokens, {self.order.per_epoch} windows of "
+            raise UserError(f"the training split has {sum(lengths):,} tokens, {self.order.per_epoch} windows of "
                             f"{block_size}: too few for one batch of {batch}: use a smaller --batch or --block-size, "
                             "or more text")  # fmt: skip
 
@@ -89,15 +109,23 @@ class Batches:
     def batch_at(self, step: int) -> np.ndarray:
         """(batch, block_size + 1) ids of 0-based `step`, in the shards' dtype: inputs are [:, :-1], targets [:, 1:]."""
         shard, start = self.order.locate(np.arange(step * self.batch, (step + 1) * self.batch, dtype=np.int64))
-        out = np.empty((self.batch, self.block_size + 1), self.shards[0].dtype)
-        for s in np.unique(shard).tolist():
+        out = None
+        for s in dict.fromkeys(shard.tolist()):  # in reading order: what staging takes for passed has been copied
             mine = shard == s
             # a view of every window there could be: picking rows copies whole windows, without a loop over them
-            out[mine] = np.lib.stride_tricks.sliding_window_view(self.shards[s], self.block_size + 1)[start[mine]]
+            rows = np.lib.stride_tricks.sliding_window_view(self.shards[s], self.block_size + 1)[start[mine]]
+            if out is None:
+                out = np.empty((self.batch, self.block_size + 1), rows.dtype)
+            out[mine] = rows
         return out
 
-    def ahead(self, step: int, stop: int, depth: int = 2) -> Iterator[np.ndarray]:
-        """batch_at(step), batch_at(step + 1), … below `stop`, made in a thread while the device is busy."""
+    def ahead(
+        self, step: int, stop: int, depth: int = 2, told_to_stop: Callable[[], bool] = lambda: False
+    ) -> Iterator[np.ndarray]:
+        """batch_at(step), batch_at(step + 1), … below `stop`, made in a thread while the device is busy.
+
+        It ends early when told to stop while a shard is waited for.
+        """
         queue: Queue = Queue(depth)
         ended = threading.Event()
 
@@ -113,7 +141,13 @@ class Batches:
         threading.Thread(target=work, daemon=True).start()
         try:
             for _ in range(step, stop):
-                item = queue.get()
+                item = None
+                while item is None:
+                    try:
+                        item = queue.get(timeout=0.1)
+                    except Empty:
+                        if told_to_stop():
+                            return
                 if isinstance(item, BaseException):
                     raise item
                 yield item
@@ -123,13 +157,18 @@ class Batches:
                 queue.get_nowait()
 
 
-def validation_windows(shards: list[np.ndarray], *, block_size: int, tokens: int) -> np.ndarray:
-    """(n, block_size + 1) ids, the same ones every time: about `tokens` in all, spread evenly over the split.
-
-    n is 0 when the split holds no whole window.
-    """
-    grid = [(s, i * block_size) for s, a in enumerate(shards) for i in range((len(a) - 1) // block_size)]
+def validation_grid(lengths: list[int], *, block_size: int, tokens: int) -> list[tuple[int, int]]:
+    """(shard, first token) of the validation windows: about `tokens` in all, spread evenly over the split."""
+    grid = [(s, i * block_size) for s, length in enumerate(lengths) for i in range((length - 1) // block_size)]
     n = min(len(grid), max(1, tokens // block_size))
-    chosen = [grid[i * len(grid) // n] for i in range(n)]
-    rows = [np.asarray(shards[s][a : a + block_size + 1]) for s, a in chosen]
+    return [grid[i * len(grid) // n] for i in range(n)]
+
+
+def validation_windows(
+    shards: Sequence[np.ndarray], *, block_size: int, tokens: int, lengths: list[int] | None = None
+) -> np.ndarray:
+    """(n, block_size + 1) ids, the same ones every time; n is 0 when the split holds no whole window."""
+    lengths = [len(s) for s in shards] if lengths is None else lengths
+    chosen = validation_grid(lengths, block_size=block_size, tokens=tokens)
+    rows = [np.array(shards[s][a : a + block_size + 1]) for s, a in chosen]
     return np.stack(rows) if rows else np.empty((0, block_size + 1), np.uint16)

@@ -83,6 +83,9 @@ class TrainConfig:
         "auto", "token shards in memory or memory-mapped; auto: by free memory"
     )
     cache: str = flag("", "folder for unpacked copies of compressed or remote shards (default: ~/.cache/perennial)")
+    cache_limit: int | None = flag(
+        None, "most bytes of shards kept there: 20GB; what is needed latest goes (default: all)"
+    )
 
     log_every: int = flag(10, "steps between log lines")
     eval_every: int = flag(250, "steps between validation losses; 0: only at the end")
@@ -132,6 +135,7 @@ FORGOTTEN = (
     "cache",
     "grace_seconds",
     "stop_after",
+    "cache_limit",
 )
 LOGGING = (
     "log_every",
@@ -165,7 +169,7 @@ def check(config: TrainConfig) -> None:
     at_least = {"steps": 1, "epochs": 0, "tokens": 1, "batch": 1, "micro_batch": 1, "warmup": 0, "lr": 0, "clip": 0,
                 "weight_decay": 0, "log_every": 1, "eval_every": 0, "eval_tokens": 1, "sample_every": 0,
                 "save_every": 0, "save_every_minutes": 0, "preemption_minutes": 0, "max_unsaved_minutes": 0,
-                "max_skipped": 1, "grace_seconds": 0, "keep": 1, "block_size": 1}  # fmt: skip
+                "max_skipped": 1, "grace_seconds": 0, "keep": 1, "block_size": 1, "cache_limit": 1}  # fmt: skip
     for name, least in at_least.items():
         value = getattr(config, name)
         if value is not None and value != AUTO and not value >= least:

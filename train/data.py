@@ -1,36 +1,59 @@
-"""The dataset a run trains on: opened, verified, in memory or memory-mapped."""
+"""The dataset a run trains on: opened at once, its shards brought into memory or memory-mapped while it trains."""
 
 import contextlib
+import itertools
 import os
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from cli.errors import UserError
-from cli.progress import Meter
 from gpt.tokenizer import Tokenizer
 from store import fs
-from store.shards import Loading, TokenShards
+from store.shards import Loading, Shard, TokenShards, default_cache
+from train.batches import Batches, validation_grid
 from train.config import DRIVE, TrainConfig, on_colab
+from train.staging import StagedShards, Staging
 
 LOOK_TOKENS = 1 << 16
 
 
 @dataclass
 class Data:
-    """A verified dataset in memory or memory-mapped."""
+    """A dataset, its shards known by their metadata and brought from `begin` on."""
 
     tokens: TokenShards
     tokenizer: Tokenizer
-    train: list[np.ndarray]
-    val: list[np.ndarray]
-    chat: bool  # whether it holds conversations: its beginning has turns of a user
+    staging: Staging
+    train: StagedShards
+    val: StagedShards
+    chat: bool = False  # whether it holds conversations: known from `ready` on
+    first: list[Shard] = field(default_factory=list)  # what the first step cannot go without
+
+    def begin(self, config: TrainConfig, batches: Batches, step: int, total: int) -> None:
+        """Start to bring the shards that steps `step` … `total` - 1 and validation read, in the order of their reading."""
+        grid = validation_grid(self.val.lengths, block_size=config.block_size, tokens=config.eval_tokens)
+        val = [self.val.shards[i] for i in dict.fromkeys(shard for shard, _ in grid)] if step < total else []
+
+        def visits(end: int) -> Iterator[Shard]:
+            windows = batches.order.shards_between(step * config.batch, end * config.batch)
+            return itertools.chain(val, (self.train.shards[i] for i in windows))
+
+        self.first = list(dict.fromkeys(visits(min(step + 1, total))))
+        self.staging.begin(visits(total))
+
+    def ready(self, told_to_stop: Callable[[], bool]) -> bool:
+        """Wait until the first step can go; False when told to stop before that."""
+        there = self.staging.wait(self.first, told_to_stop)
+        if there and self.first:  # documents are shuffled: the beginning of any shard tells what they are
+            begins = self.staging.arrays[self.first[0].name][:LOOK_TOKENS]
+            self.chat = bool((begins == self.tokenizer.role_id("user")).any())
+        return there
 
 
 def open_data(config: TrainConfig) -> Data:
-    """The dataset, every byte verified, its shards in memory or mapped."""
+    """The dataset, none of its shards there yet: their sizes alone are checked. Every byte is verified before it is used."""
     if not fs.exists(fs.join(config.data, "metadata.json")):
         drive = (
             "mount your Drive first (drive.mount in a cell of its own), or "
@@ -39,21 +62,16 @@ def open_data(config: TrainConfig) -> Data:
         )
         raise UserError(f"{fs.redact(config.data)}: no token dataset there (no metadata.json): {drive}make one with "
                         "`python prep/tokenize_bpe.py --input corpus.txt --compress`, and name it with --data")  # fmt: skip
-    tokens = TokenShards(config.data, cache=config.cache_folder)
+    tokens = TokenShards(config.data, cache=(config.cache_folder or default_cache()) / "shards")
     tokenizer = Tokenizer(tokens.tokenizer_json())
     if tokenizer.vocab_size != tokens.vocab_size:
         raise UserError(f"{fs.redact(config.data)}: tokenizer.json has {tokenizer.vocab_size} ids, metadata.json says "
                         f"{tokens.vocab_size}: re-run prep")  # fmt: skip
     tokens.check_sizes()
     raw_bytes = sum(s.tokens for s in tokens.shards) * tokens.dtype.itemsize
-    preload = choose_preload(config.loading, raw_bytes)
-    arrays: dict[str, list[np.ndarray]] = {"train": [], "val": []}
-    with Meter("load data", raw_bytes, "B") as meter:
-        for shard in tokens.shards:
-            arrays[shard.split].append(tokens.load(shard, preload=preload))
-            meter.add(shard.tokens * tokens.dtype.itemsize, shard.name)
-    chat = any((a[:LOOK_TOKENS] == tokenizer.role_id("user")).any() for a in arrays["train"][:1])
-    return Data(tokens, tokenizer, arrays["train"], arrays["val"], bool(chat))
+    staging = Staging(tokens, preload=choose_preload(config.loading, raw_bytes), limit=config.cache_limit)
+    train, val = (StagedShards(staging, tokens.split(split)) for split in ("train", "val"))
+    return Data(tokens, tokenizer, staging, train, val)
 
 
 def same_data(stored: dict[str, Any], tokens: TokenShards) -> None:

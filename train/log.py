@@ -125,7 +125,7 @@ def describe(
     """The lines before the loop: what is trained on what, where, for how long."""
     mine, other = ("tied", "untied") if shape.tied else ("untied", "tied")
     millions = {name: n / 1e6 for name, n in count_params(shape).items()}
-    n_train, n_val = sum(map(len, data.train)), sum(map(len, data.val))
+    n_train, n_val = sum(data.train.lengths), sum(data.val.lengths)
     tokens = total * config.batch * config.block_size
     print(f"model      {config.model}: {shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd} wide, "
           f"{millions[mine]:.1f} M parameters ({mine}; {other} {millions[other]:.1f} M)")  # fmt: skip

@@ -17,12 +17,14 @@ if __name__ == "__main__":  # Python put this file's folder first in sys.path: t
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
 
 from cli import flags
 from cli.errors import UserError
+from store.errors import StoreError
 from store.lease import Fenced
 from train import checkpoint, clock, gce
 from train import config as settings
@@ -85,13 +87,15 @@ def start(config: TrainConfig, given: frozenset[str], folder: RunFolder, stop: S
     machine = choose_machine(config.device, config.precision, config.compile)
     config = settings.with_recipe(config, machine.device.type)
 
-    data_began_s = time.monotonic()
+    began_s = time.monotonic()
     data = open_data(config)
-    data_s = round(time.monotonic() - data_began_s, 3)
+    data_s = time.monotonic() - began_s
     if found:
         same_data(found.state, data.tokens)
     shape = settings.model_config(config, data.tokens.vocab_size)
-    batches = Batches(data.train, block_size=config.block_size, batch=config.batch, seed=config.seed)
+    batches = Batches(
+        data.train, block_size=config.block_size, batch=config.batch, seed=config.seed, lengths=data.train.lengths
+    )
     total = settings.total_steps(config, batches.windows_per_epoch)
     config = dataclasses.replace(
         config,
@@ -100,6 +104,7 @@ def start(config: TrainConfig, given: frozenset[str], folder: RunFolder, stop: S
     )
     if found:
         checkpoint_fits(found, shape)
+    data.begin(config, batches, found.state["step"] if found else 0, total)  # shards come while the model is made
 
     torch.manual_seed(config.seed)
     state = new_state(config, shape, machine)
@@ -108,9 +113,14 @@ def start(config: TrainConfig, given: frozenset[str], folder: RunFolder, stop: S
         here = machine_record(machine, config.micro_batch)
         if line := moved(found.state.get("machine", {}), here, dropout=config.dropout > 0):
             print(f"machine    {line}")
+    began_s = time.monotonic()
+    if not data.ready(stop):
+        print(f"stopped by {stop.name} with nothing new to save; the same command with --resume goes on")
+        return STOPPED
+    data_s += time.monotonic() - began_s
     folder.open(
         settings.stored_form(config), data.tokenizer.json_text,
-        step=state.step, val_due=state.val_due, machine=machine.name, model=config.model, data_s=data_s,
+        step=state.step, val_due=state.val_due, machine=machine.name, model=config.model, data_s=round(data_s, 3),
         resumed_from=found.manifest.name if found else None,
     )  # fmt: skip
     stop.record = folder.event
@@ -119,6 +129,7 @@ def start(config: TrainConfig, given: frozenset[str], folder: RunFolder, stop: S
         saver.resumed(found.manifest, found.place)
         del found  # a second copy of weights and moments is not wanted while training
     describe(config, shape, machine, data, folder, state, total)
+    data.staging.report(folder.event)
     try:
         if state.step >= total and not state.val_due:
             saver.finish()
@@ -136,6 +147,8 @@ def start(config: TrainConfig, given: frozenset[str], folder: RunFolder, stop: S
         smaller = max(1, config.micro_batch // 2)
         raise UserError(f"out of GPU memory with --micro-batch {config.micro_batch}: run the same command with "
                         f"--micro-batch {smaller} (the batch stays {config.batch}, so the result does too)") from e  # fmt: skip
+    finally:
+        data.staging.close()
 
 
 def train(
@@ -145,12 +158,24 @@ def train(
     """The loop: one pass of it is one optimizer step."""
     model = state.model
     forward = torch.compile(model) if machine.compile else model
-    windows = validation_windows(data.val, block_size=config.block_size, tokens=config.eval_tokens)
+    windows = validation_windows(
+        data.val, block_size=config.block_size, tokens=config.eval_tokens, lengths=data.val.lengths
+    )
     log = TrainLog(
         folder, machine, state,
         total=total, tokens_per_step=config.batch * config.block_size,
         steps_per_epoch=batches.windows_per_epoch / config.batch,
     )  # fmt: skip
+
+    missing: StoreError | None = None
+
+    def feed() -> Iterator[np.ndarray]:
+        """Batches, until they end or a shard cannot be had: then what was learnt is saved before that is told."""
+        nonlocal missing
+        try:
+            yield from batches.ahead(state.step, total, told_to_stop=stop)
+        except StoreError as e:
+            missing = e
 
     def save() -> None:
         state.elapsed_s = log.elapsed_s
@@ -170,7 +195,7 @@ def train(
 
     if state.val_due and (val_loss := validate()) is not None:
         log.validation(state.step, val_loss)
-    for host_ids in batches.ahead(state.step, total):
+    for host_ids in feed():
         if stop():
             break
         saver.check()
@@ -223,6 +248,12 @@ def train(
             print(f"  {line}", file=sys.stderr)
         print(f"  start a new run with a lower --lr than {config.lr:g}", file=sys.stderr)
         return DIVERGED
+    if missing and not stop():
+        saver.wait()
+        if state.step > saver.begun_step:
+            save()
+        saver.finish()
+        raise missing
     if state.step < total or state.val_due:
         return leave(stop, saver, save, folder, state.step, total)
     saver.wait()
