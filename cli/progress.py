@@ -41,14 +41,14 @@ def count(n: float) -> str:
     return f"{n:.0f}"
 
 
-def memory_in_use() -> int:
-    """Bytes of memory that this process and its descendants hold now; pages they share count once for each."""
-    total = 0
-    me = psutil.Process()
-    for process in (me, *me.children(recursive=True)):
-        with contextlib.suppress(psutil.Error):  # it ended just now
-            total += process.memory_info().rss
-    return total
+def resident(process: psutil.Process) -> list[int]:
+    """Bytes of memory that a process and each of its descendants hold now; pages they share count once for each."""
+    sizes = []
+    with contextlib.suppress(psutil.Error):
+        for p in (process, *process.children(recursive=True)):
+            with contextlib.suppress(psutil.Error):  # it ended just now; the others count
+                sizes.append(p.memory_info().rss)
+    return sizes
 
 
 _finished: ContextVar[list["Meter"] | None] = ContextVar("finished", default=None)
@@ -136,7 +136,7 @@ class Meter:
     def _watch(self) -> None:
         last_plain_s = self.start_s
         while True:
-            self.memory = memory_in_use()
+            self.memory = sum(resident(psutil.Process()))
             self.peak_memory = max(self.peak_memory, self.memory)
             if self.live:
                 self.live.update(self._task, completed=self.done, line=self.line())

@@ -144,6 +144,7 @@ class Cleaner:
             self.drop_rules.append(("blocklist", quality.Blocklist(settings.blocklist)))
         if settings.languages:
             self.drop_rules.append(("language", lambda look: quality.other_language(settings.languages, look)))
+        self.looks = bool(self.text_rules or self.turn_rules or self.drop_rules)
         if "mojibake" in rules:
             mojibake.mojibake("é")  # where ftfy is not installed, that is said before anything is read
 
@@ -155,6 +156,8 @@ class Cleaner:
         changes: list[Change] = []
         if self.drops_long and sum(map(len, texts)) > quality.MAX_CHARS:  # before it costs ten times its size
             return "too_long", changes
+        if not self.looks:
+            return (document if any(texts) else "empty"), changes
         look = Look(roles, texts)
         for name, mend, when in self.text_rules:
             if when(look):

@@ -225,12 +225,9 @@ def proof_texts(cleaned: Cleaned, n_bytes: int = 1 << 20) -> list[str]:
     spread = cleaned.parts[:: max(len(cleaned.parts) // 16, 1)]
     texts: list[str] = []
     for path in spread:
-        left = n_bytes // len(spread)
-        for text in parts.load_documents(path).turns():
-            texts.append(text[:left])
-            left -= len(text)
-            if left <= 0:
-                break
+        wanted = n_bytes // len(spread)
+        first = next(parts.load_documents(path).blocks(wanted))
+        texts += [text[:wanted] for text in first.turns()]
     return texts
 
 

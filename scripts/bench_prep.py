@@ -4,7 +4,8 @@
     python scripts/bench_prep.py --corpus big.txt --part peers --limit 200MB
 
 `scale` runs prep/tokenize_bpe.py as a user would, samples the memory of all its processes and the size of its work
-folder, and shows time and peaks. `peers` turns the same text into stored ids with the same tokenizer three ways.
+folder, and shows time and peaks. `peers` turns the same text into stored ids with the same tokenizer four ways; one of
+them, which gives `tokenizers` a whole chunk as one string, on the beginning of the text only.
 """
 
 import sys
@@ -22,9 +23,9 @@ import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TextIO
 
 import numpy as np
 import psutil
@@ -33,13 +34,16 @@ import tokenizers
 from cli import flags
 from cli.errors import UserError
 from cli.flags import flag, number
-from cli.progress import Meter, count, duration
+from cli.progress import Meter, count, duration, resident
 from prep import corpus, reading
 from prep.pool import usable_cpus
 from store.shards import TokenShards
 
+OURS = "this project without cleaning and deduplication"
+LINES = "`encode_batch` of lines, 100 MB at a time, gzip -6"
 ROOT = Path(__file__).resolve().parent.parent
 CHUNK_BYTES = 100_000_000
+WHOLE_BYTES = 20_000_000  # of text for the way that reads chunks whole: its speed does not depend on how much there is
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,9 @@ class BenchFlags:
     corpus: str = flag("", "a local text file of conversations")
     part: Literal["scale", "peers"] = flag("scale", "what to measure")
     limit: int | None = flag(None, "use only the first bytes of the corpus", parse=number)
+    string_bytes: int = flag(
+        10_000_000, "chunk given to encode_batch as one string: 100MB, as many do, takes 25 GB of memory", parse=number
+    )
     extra: str = flag("", "further flags of prep/tokenize_bpe.py, in one string: '--near-dup 0.8'")
     folder: str = flag("", "where to work (default: a temporary folder beside the corpus)")
     max_minutes: float | None = flag(None, "fail when a whole run takes longer")
@@ -65,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"machine    {machine()}\ncorpus     {path.name}, {count(size)}B")
     folder = Path(tempfile.mkdtemp(prefix="bench-prep-", dir=args.folder or path.resolve().parent))
     try:
-        return measure_scale(args, path, size, folder) if args.part == "scale" else measure_peers(path, size, folder)
+        return (measure_scale if args.part == "scale" else measure_peers)(args, path, size, folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -111,16 +118,6 @@ def run_prep(corpus_path: Path, output: Path, arguments: list[str]) -> tuple[flo
     return time.monotonic() - start_s, peaks
 
 
-def resident(process: psutil.Process) -> list[int]:
-    """Resident bytes of a process and of each of its descendants."""
-    sizes = []
-    with contextlib.suppress(psutil.Error):
-        for p in (process, *process.children(recursive=True)):
-            with contextlib.suppress(psutil.Error):  # it ended just now; the others count
-                sizes.append(p.memory_info().rss)
-    return sizes
-
-
 def folder_bytes(folder: Path) -> int:
     """Bytes of the files in a folder, which may change while it is read."""
     total = 0
@@ -158,63 +155,99 @@ def measure_scale(args: BenchFlags, path: Path, size: int, folder: Path) -> int:
 # ---- against others -------------------------------------------------------------------------------------------------
 
 
-def measure_peers(path: Path, size: int, folder: Path) -> int:
-    """The same text and tokenizer -> stored ids, three ways. Training the tokenizer is in none of the times."""
-    text = folder / "corpus.txt"
-    with open(path, "rb") as source, open(text, "wb") as target:
-        left = size
-        while left and (block := source.read(min(left, 1 << 24))):
-            target.write(block)
-            left -= len(block)
+def measure_peers(args: BenchFlags, path: Path, size: int, folder: Path) -> int:
+    """The same text and tokenizer -> stored ids, four ways. Training the tokenizer is in none of the times."""
+    text, beginning = folder / "corpus.txt", folder / "beginning.txt"
+    copy_beginning(path, text, size)
+    copy_beginning(path, beginning, min(size, WHOLE_BYTES))
     trained = folder / "trained"
     run_prep(text, trained, ["--limit", str(min(size, 100_000_000))])
     tokenizer = trained / "tokenizer.json"
     lines = folder / "corpus.jsonl"
     write_jsonl(text, lines)
 
-    timed: dict[str, tuple[float, int]] = {}
     # what the others do not do is left out of ours, then shown with it
-    timed["this project, no cleaning, no dedup"] = ours(
-        text, folder / "plain", tokenizer, ["--clean", "off", "--dedup", "off"]
+    ways: dict[str, tuple[int, Callable[[], int]]] = {
+        OURS: (size, lambda: ours(text, folder / "plain", tokenizer, ["--clean", "off", "--dedup", "off"])),
+        "this project, all of it": (size, lambda: ours(text, folder / "all", tokenizer, [])),
+        LINES: (
+            size,
+            lambda: encode_batch_gzip(text, tokenizer, folder / "lines.bin.gz", lambda f: f.readlines(CHUNK_BYTES)),
+        ),
+        f"`encode_batch`, {count(args.string_bytes)}B as one string, gzip -6, of the first {count(WHOLE_BYTES)}B": (
+            beginning.stat().st_size,
+            lambda: encode_batch_gzip(
+                beginning, tokenizer, folder / "strings.bin.gz", lambda f: [*filter(None, [f.read(args.string_bytes)])]
+            ),
+        ),
+        "Megatron-LM's way, one document per call in a pool": (
+            size, lambda: megatron(lines, tokenizer, folder / "megatron.bin"),
+        ),
+    }  # fmt: skip
+    timed = {name: (n_bytes, Timed.of(way)) for name, (n_bytes, way) in ways.items()}
+    mine = timed[OURS][1]
+    print("\n| 1 run, same text, same tokenizer | time | CPU | MB/s | ours is | stored |\n|---|---|---|---|---|---|")
+    for name, (n_bytes, it) in timed.items():
+        print(f"| {name} | {it.elapsed_s:.1f} s | {it.cpu_s:.1f} s | {n_bytes / it.elapsed_s / 1e6:.1f} | "
+              f"{it.elapsed_s / n_bytes * size / mine.elapsed_s:.1f}x | {count(it.stored_bytes)}B |")  # fmt: skip
+    print(
+        f"\nstored size: {100 * (1 - mine.stored_bytes / timed[LINES][1].stored_bytes):.1f} % below gzip -6 of uint16"
     )
-    timed["this project, all of it"] = ours(text, folder / "all", tokenizer, [])
-    timed["encode_batch on 100 MB chunks, gzip -6"] = encode_batch_gzip(text, tokenizer, folder / "chunks.bin.gz")
-    timed["Megatron-LM's way: one document per call in a pool"] = megatron(lines, tokenizer, folder / "megatron.bin")
-
-    ours_s, ours_stored = timed["this project, no cleaning, no dedup"]
-    print("\n| 1 run, same text, same tokenizer | time | MB/s | ours is | stored |\n|---|---|---|---|---|")
-    for name, (seconds, stored) in timed.items():
-        print(f"| {name} | {seconds:.1f} s | {size / seconds / 1e6:.1f} | {seconds / ours_s:.1f}x | {count(stored)}B |")
-    gzipped = timed["encode_batch on 100 MB chunks, gzip -6"][1]
-    print(f"\nstored size: {100 * (1 - ours_stored / gzipped):.1f} % below gzip -6 of uint16")
     return 0
 
 
-def ours(text: Path, output: Path, tokenizer: Path, arguments: list[str]) -> tuple[float, int]:
-    """(seconds, stored bytes) of the real command."""
-    seconds, _ = run_prep(text, output, ["--tokenizer", str(tokenizer), "--compress", *arguments])
-    return seconds, sum(s.stored_bytes for s in TokenShards(str(output)).shards)
+@dataclass(frozen=True)
+class Timed:
+    """What one way took: by the clock, and of all cores' time, which tells more where others work too."""
+
+    elapsed_s: float
+    cpu_s: float
+    stored_bytes: int
+
+    @classmethod
+    def of(cls, way: Callable[[], int]) -> "Timed":
+        """Time `way()`, which returns the bytes it stored."""
+        start_s, start_cpu_s = time.monotonic(), cpu_seconds()
+        stored_bytes = way()
+        return cls(time.monotonic() - start_s, cpu_seconds() - start_cpu_s, stored_bytes)
 
 
-def encode_batch_gzip(text: Path, tokenizer_path: Path, out: Path) -> tuple[float, int]:
-    """The usual notebook: chunks of 100 MB, their lines through `encode_batch`, ids as uint16, gzip -6 at the end."""
+def cpu_seconds() -> float:
+    """User and system time of this process and of its children that have ended."""
+    return sum(os.times()[:4])
+
+
+def copy_beginning(path: Path, out: Path, size: int) -> None:
+    """The first `size` bytes of a file."""
+    with open(path, "rb") as source, open(out, "wb") as target:
+        while size and (block := source.read(min(size, 1 << 24))):
+            target.write(block)
+            size -= len(block)
+
+
+def ours(text: Path, output: Path, tokenizer: Path, arguments: list[str]) -> int:
+    """The real command; stored bytes."""
+    run_prep(text, output, ["--tokenizer", str(tokenizer), "--compress", *arguments])
+    return sum(s.stored_bytes for s in TokenShards(str(output)).shards)
+
+
+def encode_batch_gzip(text: Path, tokenizer_path: Path, out: Path, next_chunk: Callable[[TextIO], list[str]]) -> int:
+    """The usual notebook: chunks of strings through `encode_batch`, ids as uint16, gzip -6; stored bytes."""
     tokenizer = load_plain(tokenizer_path)
-    start_s = time.monotonic()
     with (
         Meter("chunks", text.stat().st_size, "B") as meter,
         open(text, encoding="utf-8", errors="replace") as f,
         gzip.open(out, "wb", compresslevel=6) as stored,
     ):
-        while chunk := f.readlines(CHUNK_BYTES):
+        while chunk := next_chunk(f):
             for encoding in tokenizer.encode_batch(chunk):
                 stored.write(np.array(encoding.ids, np.uint16).tobytes())
             meter.add(sum(map(len, chunk)))
-    return time.monotonic() - start_s, out.stat().st_size
+    return out.stat().st_size
 
 
-def megatron(lines: Path, tokenizer_path: Path, out: Path) -> tuple[float, int]:
-    """tools/preprocess_data.py of Megatron-LM: a pool of processes, each encoding one JSON line at a time."""
-    start_s = time.monotonic()
+def megatron(lines: Path, tokenizer_path: Path, out: Path) -> int:
+    """tools/preprocess_data.py of Megatron-LM: a pool of processes, each encoding one JSON line; stored bytes."""
     context = multiprocessing.get_context("spawn")
     with (
         Meter("megatron", lines.stat().st_size, "B") as meter,
@@ -224,7 +257,7 @@ def megatron(lines: Path, tokenizer_path: Path, out: Path) -> tuple[float, int]:
         for ids, n_bytes in pool.imap(_encode_line, f, 32):
             stored.write(np.array(ids, np.uint16).tobytes())
             meter.add(n_bytes)
-    return time.monotonic() - start_s, out.stat().st_size
+    return out.stat().st_size
 
 
 def _load_in_worker(path: str) -> None:
