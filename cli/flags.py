@@ -165,10 +165,11 @@ def quiet_drivers() -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
-def run(main: Callable[[], int | None], *, outlives_stdout: bool = False) -> NoReturn:
+def run(main: Callable[[], int | None], *, outlives_stdout: bool = False, at_once: bool = False) -> NoReturn:
     """Run a program's `main` and exit: 0 or its own code; 2 with one line for what a user can set right.
 
-    With `outlives_stdout` a reader that goes away (`| head`, a lost ssh) does not end the program.
+    With `outlives_stdout` a reader that goes away (`| head`, a lost ssh) does not end the program. With `at_once` nothing is
+    taken down at the end: torch needs 0.5 to 2 s for that, and a thread that hangs in an upload is waited for.
     """
     if sys.stdout is None:  # closed by the caller: `>&-`
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the life of the process
@@ -197,4 +198,6 @@ def run(main: Callable[[], int | None], *, outlives_stdout: bool = False) -> NoR
         sys.stdout.flush()
     except OSError:  # what it holds cannot be written: Python would try again at exit, and end with 120
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if at_once:
+        os._exit(code)
     sys.exit(code)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import prep.settings
 import train.config
 from cli import flags
-from cli.flags import flag, number
+from cli.flags import flag, number, seconds
 
 ROOT = Path(__file__).parent.parent
 
@@ -167,6 +167,19 @@ def test_numbers_people_write(text, value):
 def test_what_is_no_number(text):
     with pytest.raises(ValueError, match=r"not a (whole )?number"):
         number(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("90s", 90), ("30m", 1800), ("11.5h", 41_400), ("2d", 172_800), (" 1 H ", 3600), ("0s", 0)]
+)
+def test_durations_people_write(text, value):
+    assert seconds(text) == value
+
+
+@pytest.mark.parametrize("text", ["", "90", "h", "1h30m", "-1h", "1e3s", "inf", "nan", "1 hour", "1w", "١h", ".5h"])
+def test_what_is_no_duration(text):
+    with pytest.raises(ValueError, match="not a duration such as 90s, 30m"):
+        seconds(text)
 
 
 @given(st.integers(0, 2**63 - 1))

@@ -267,7 +267,7 @@ def slow(real, says, before_s=0.0):
         return real(*a, **k)
     return wrapped
 {patch}
-flags.run(lambda: run.main(sys.argv[1:]))
+flags.run(lambda: run.main(sys.argv[1:]), at_once=True)
 """
 PHASES = {
     "staging": ("run.Data.ready = slow(run.Data.ready, 'in it', 60)", None),
@@ -335,6 +335,34 @@ def test_a_signal_in_the_last_validation_is_no_end(data, tmp_path, monkeypatch):
     assert "val_loss" in lines(tmp_path / "out", "metrics.jsonl")[-1]
     assert train(*flags, "--out", tmp_path / "out") == 0
     assert result(tmp_path / "out") == result(tmp_path / "quiet")
+
+
+def test_an_upload_that_hangs_is_left_and_nothing_is_lost_on_this_machine(data, tmp_path, gcs):
+    flags = ("--data", data, *FLAGS, "--save-every", 5)
+    patch = "checkpoint.upload = slow(checkpoint.upload, 'in it', 60)"
+    arguments = map(str, (*flags, "--out", "gs://bucket/run", "--steps", 100_000, "--grace-seconds", 3))
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW.format(patch=patch), *arguments],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **gcs.env},
+    )  # fmt: skip
+    assert any("in it" in line for line in process.stdout)
+    process.send_signal(signal.SIGTERM)
+    begin_s = time.monotonic()
+    said = process.stdout.read()
+    assert process.wait(30) == 75
+    assert time.monotonic() - begin_s < 3 + 1
+    stopped_at = int(re.search(r"stopped by SIGTERM after step (\d+) of", said)[1])
+    assert not any("MANIFEST" in name for name in gcs.objects)
+    again = (*flags, "--steps", stopped_at + 3)
+    assert train(*again, "--out", "gs://bucket/run") == train(*again, "--out", tmp_path / "quiet") == 0
+    quiet, newest = result(tmp_path / "quiet"), checkpoint.committed("gs://bucket/run")[-1]
+    assert {p: newest.parts[p]["sha256"] for p in checkpoint.TENSOR_PARTS} == {
+        p: quiet[p] for p in checkpoint.TENSOR_PARTS
+    }
+    metrics = [json.loads(line) for line in gcs.objects["bucket/run/metrics.jsonl"].splitlines()]
+    assert metrics == quiet["metrics"]
+    starts = [e for e in map(json.loads, gcs.objects["bucket/run/events.jsonl"].splitlines()) if e["event"] == "start"]
+    assert [e["step"] for e in starts] == [0, stopped_at]
 
 
 def lines(out, name):

@@ -22,11 +22,11 @@ from store.errors import DataError, NotFound, StoreError
 from store.lease import TTL_S, Lease
 from store.shards import default_cache
 from train import checkpoint, clock
+from train.ledger import crash_found, iso
 
 FORMAT, VERSION = "perennial-run", 1
 LOCK = ".lock"
 KEPT = ("metrics.jsonl", "events.jsonl")
-ENDS = ("finished", "stopped", "diverged", "unsaved", "fenced")  # events of an attempt that ended by itself
 
 
 class RunFolder:
@@ -138,13 +138,16 @@ class RunFolder:
         With `val_due` the validation after it is still to come. `about` is noted with the start.
         """
         self.hold()
+        logged_s = None
         if self.two_tiers and not self._local_is_current():
             self._begin_local_tier()
+        elif (self.local / "metrics.jsonl").exists():
+            logged_s = (self.local / "metrics.jsonl").stat().st_mtime
         self.run_id = self.run_id or secrets.token_hex(4)
         fs.delete_leftovers(str(self.local))
         self.attempt, self.opened = self.lease.epoch, True
         events, metrics = read_lines(self.local / "events.jsonl"), read_lines(self.local / "metrics.jsonl")
-        if (crash := crash_found(events, metrics, step, self.lease.previous)) is not None:
+        if (crash := crash_found(events, metrics, step, self.lease.previous, logged_s)) is not None:
             self.event("crash_found", **crash)
         # what was logged after the checkpoint will happen, and be logged, again
         kept = [m for m in metrics if m.get("step", 0) < step + ("val_loss" not in m or not val_due)]
@@ -181,9 +184,9 @@ class RunFolder:
 
     def event(self, event: str, **fields: Any) -> None:
         """Append one line to events.jsonl: what happened, when, in which attempt. Any thread may."""
-        now = _iso(datetime.datetime.now(datetime.UTC).timestamp())
+        now = datetime.datetime.now(datetime.UTC).timestamp()
         # `up_s` is what durations are made of: `time` moves with the wall clock
-        line = {"time": now, "up_s": round(clock.up_s(), 3), "attempt": self.attempt, "event": event, **fields}
+        line = {"time": iso(now), "up_s": round(clock.up_s(), 3), "attempt": self.attempt, "event": event, **fields}
         self._append("events.jsonl", [line])
 
     def _append(self, name: str, lines: list[dict[str, Any]]) -> None:
@@ -237,31 +240,6 @@ def _identity(place: str) -> dict[str, Any] | None:
             f"{fs.redact(place)}: run format {data['version']} is newer than this program's {VERSION}: update it"
         )
     return data
-
-
-def _iso(timestamp: float) -> str:
-    return datetime.datetime.fromtimestamp(timestamp, datetime.UTC).isoformat(timespec="milliseconds")
-
-
-def crash_found(
-    events: list[dict[str, Any]], metrics: list[dict[str, Any]], step: int, lease: dict[str, Any] | None
-) -> dict[str, Any] | None:
-    """What is known of an end that the last attempt did not tell of, as the next one begins at `step`; None without one.
-
-    `lease` is what its holder last wrote, every 15 seconds. Steps after that, and not logged yet, are not known of.
-    """
-    if not events:
-        return None
-    last = events[-1]
-    of = last.get("attempt")
-    told = any(e.get("event") in ENDS for e in events if e.get("attempt") == of)
-    beat = lease if lease and lease.get("epoch") == of else {}
-    last_step = max((n for n in (beat.get("step"), *(m.get("step") for m in metrics)) if isinstance(n, int)), default=0)
-    if told and last_step <= step:
-        return None
-    stamp = beat.get("time")
-    last_time = _iso(stamp) if isinstance(stamp, int | float) and 0 < stamp < 1e11 else last.get("time")
-    return {"of": of, "last_step": last_step, "last_time": last_time, "steps_lost": max(last_step - step, 0)}
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

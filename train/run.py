@@ -300,4 +300,4 @@ def due(step: int, every: int) -> bool:
 
 
 if __name__ == "__main__":
-    flags.run(main, outlives_stdout=True)
+    flags.run(main, outlives_stdout=True, at_once=True)
