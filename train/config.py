@@ -79,6 +79,7 @@ class TrainConfig:
         "auto", "auto: bf16 where the GPU has it, fp16 on older GPUs, fp32 elsewhere"
     )
     compile: Literal["auto", "on", "off"] = flag("auto", "torch.compile; auto: on CUDA GPUs")
+    compile_cache: Literal["on", "off"] = flag("on", "keep what torch.compile made with the run, for the next start")
     loading: Literal["auto", "preload", "memmap"] = flag(
         "auto", "token shards in memory or memory-mapped; auto: by free memory"
     )
@@ -131,6 +132,7 @@ FORGOTTEN = (
     "device",
     "precision",
     "compile",
+    "compile_cache",
     "loading",
     "cache",
     "grace_seconds",

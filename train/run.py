@@ -29,6 +29,7 @@ from store.lease import Fenced
 from train import checkpoint, clock, gce
 from train import config as settings
 from train.batches import Batches, validation_windows
+from train.compile_cache import CompileCache
 from train.config import TrainConfig
 from train.data import Data, open_data, same_data
 from train.diagnosis import diagnose
@@ -157,6 +158,8 @@ def train(
 ) -> int:  # fmt: skip
     """The loop: one pass of it is one optimizer step."""
     model = state.model
+    cache = CompileCache(config, model.config, machine, folder) if machine.compile else None
+    found_compiled = cache.restore() if cache else "off"
     forward = torch.compile(model) if machine.compile else model
     windows = validation_windows(
         data.val, block_size=config.block_size, tokens=config.eval_tokens, lengths=data.val.lengths
@@ -216,6 +219,9 @@ def train(
             folder.event("first_step", seconds=round(clock.up_s(), 3))
         state.step += 1
         log.step(state.step, lr, loss, norm)
+        if cache and not cache.kept:  # the first step has compiled all that later ones need
+            folder.event("compiled", seconds=round(time.monotonic() - begin_s, 3), cache=found_compiled)
+            cache.keep()
 
         last = state.step == total
         new_val = None
@@ -262,6 +268,8 @@ def train(
     if not saver.error:
         folder.event("finished", step=state.step)
     saver.finish()
+    if cache:
+        cache.wait(30.0)
     summarize(config, state, machine, log, total)
     return FINISHED
 
