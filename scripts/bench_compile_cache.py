@@ -44,6 +44,11 @@ def main(argv: list[str] | None = None) -> int:
         cold = first_step(args, folder, "machine-1", steps=2)
         again = first_step(args, folder, "machine-1", steps=4)
         moved = first_step(args, folder, "machine-2", steps=6)
+        first_step(args, folder, "machine-1", steps=6, out="straight")
+        losses = [
+            [m["loss"] for m in read_lines(folder / out / "metrics.jsonl") if "loss" in m]
+            for out in ("out", "straight")
+        ]
         stored = sum(size or 0 for _, size in fs.find_files(str(folder / "out" / "compile")))
     if not cold[2] == "cold" or not again[2] == moved[2] == "warm":
         raise UserError(f"expected cold, warm, warm, found {cold[2]}, {again[2]}, {moved[2]}: is OUT writable?")
@@ -55,17 +60,20 @@ def main(argv: list[str] | None = None) -> int:
     print(
         f"compile's share is cut {cold[0] / again[0]:.1f}x on the same machine, {cold[0] / moved[0]:.1f}x on a fresh one"
     )
+    print(f"losses after a cold start and after warm ones: {'equal to the bit' if losses[0] == losses[1] else losses}")
     return 0
 
 
-def first_step(args: BenchFlags, folder: Path, machine: str, *, steps: int) -> tuple[float, float, str]:
+def first_step(
+    args: BenchFlags, folder: Path, machine: str, *, steps: int, out: str = "out"
+) -> tuple[float, float, str]:
     """Train until `steps`; (seconds of the first step, CPU seconds of all, off, cold or warm)."""
     cpu_s = run(
-        "train/run.py", folder, machine, "--data", "data", "--out", "out", "--model", "small", "--n-layer", args.layers,
+        "train/run.py", folder, machine, "--data", "data", "--out", out, "--model", "small", "--n-layer", args.layers,
         "--n-embd", args.width, "--block-size", 64, "--batch", 4, "--steps", steps, "--log-every", 1, "--eval-every", 0,
         "--eval-tokens", 256, "--sample-every", 0, "--device", args.device, "--compile", "on", "--resume",
     )  # fmt: skip
-    compiles = [e for e in read_lines(folder / "out" / "events.jsonl") if e["event"] == "compiled"]
+    compiles = [e for e in read_lines(folder / out / "events.jsonl") if e["event"] == "compiled"]
     return compiles[-1]["seconds"], cpu_s, compiles[-1]["cache"]
 
 
