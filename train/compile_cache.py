@@ -31,6 +31,7 @@ import zstandard
 from gpt.model import GPTConfig
 from store import fs
 from store.errors import StoreError
+from store.retry import patience
 from store.shards import default_cache
 from train import config as settings
 from train.config import TrainConfig
@@ -39,6 +40,7 @@ from train.precision import Machine
 
 FOLDER = "TORCHINDUCTOR_CACHE_DIR"  # where inductor looks; triton's folder lies inside
 THEIRS = os.environ.get(FOLDER)  # read now: torch sets it to a default of its own as soon as its compiler is imported
+PATIENCE_S = 60.0  # compiling takes no longer than that
 WHOLE = "whole"  # a file that says that a first step has passed with this folder
 SECRET = "PERENNIAL_COMPILE_KEY"
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,7 +59,6 @@ class CompileCache:
         self.path, self.url, self.run_id = cache / "compiled" / self.key, fs.join(folder.url, "compile"), folder.run_id
         self.on = config.compile_cache == "on" and not THEIRS
         self.secret = secret(cache) if self.on else b""
-        self.kept = False
         self.damaged = True  # the run's copy, or there is none
         self.thread: threading.Thread | None = None
 
@@ -76,16 +77,17 @@ class CompileCache:
         if self.path.exists():
             return "cold"  # killed while it compiled: what is there already is used
         try:
-            note = self._note(self.key)
-            if note["bytes"] > MOST_STORED:
-                return "cold"
-            archive = fs.join(self.url, f"{self.key}.tar.zst")
-            fetched = self.path.with_name(f".{self.key}.{os.getpid()}.tar.zst.tmp")
-            try:
-                fs.get_file(archive, fetched, sha256=note["sha256"])
-                unpack(fetched, self.path)
-            finally:
-                fetched.unlink(missing_ok=True)
+            with patience(PATIENCE_S):
+                note = self._note(self.key)
+                if note["bytes"] > MOST_STORED:
+                    return "cold"
+                archive = fs.join(self.url, f"{self.key}.tar.zst")
+                fetched = self.path.with_name(f".{self.key}.{os.getpid()}.tar.zst.tmp")
+                try:
+                    fs.get_file(archive, fetched, sha256=note["sha256"])
+                    unpack(fetched, self.path)
+                finally:
+                    fetched.unlink(missing_ok=True)
             self.damaged = False
             return "warm"
         except UNUSABLE:
@@ -93,9 +95,7 @@ class CompileCache:
 
     def keep(self) -> None:
         """Store a copy with the run, in the background. Nothing waits for it, and where it fails nothing is lost."""
-        self.kept = True
         if self.on and self.path.is_dir():  # no such folder: a backend that keeps nothing
-            (self.path / WHOLE).touch()
             self.thread = threading.Thread(target=self._keep, daemon=True, name="compile-cache")
             self.thread.start()
 
@@ -107,6 +107,7 @@ class CompileCache:
     def _keep(self) -> None:
         packed = self.path.with_name(f".{self.key}.{os.getpid()}.tar.zst.tmp")
         try:
+            (self.path / WHOLE).touch()
             with contextlib.suppress(*UNUSABLE):
                 if not self.damaged and self._note(self.key):
                     return

@@ -214,14 +214,12 @@ def train(
         if stop.nothing_to_save:  # the first step, compilation included
             stop.nothing_to_save = False
             machine.synchronize()
-            if machine.compile:
-                folder.event("compiled", seconds=round(time.monotonic() - begin_s, 3))
+            if cache:
+                folder.event("compiled", seconds=round(time.monotonic() - begin_s, 3), cache=found_compiled)
+                cache.keep()
             folder.event("first_step", seconds=round(clock.up_s(), 3))
         state.step += 1
         log.step(state.step, lr, loss, norm)
-        if cache and not cache.kept:  # the first step has compiled all that later ones need
-            folder.event("compiled", seconds=round(time.monotonic() - begin_s, 3), cache=found_compiled)
-            cache.keep()
 
         last = state.step == total
         new_val = None
