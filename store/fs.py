@@ -5,7 +5,6 @@ passes through `fsspec.open(url, "wb")` publishes the truncated object (measured
 function here streams into a final name, and every upload is checked for size and, where the store tells it, for md5.
 """
 
-import base64
 import contextlib
 import errno
 import hashlib
@@ -23,13 +22,13 @@ from typing import BinaryIO
 
 import fsspec
 
+from store import drive, remote
 from store.errors import DataError, NotFound, StoreError
+from store.remote import call, filesystem
 from store.retry import attempt, redact
 
 COPY_BYTES = 4 << 20
 SETTLE_S = 1.0  # between writing and reading back, where a store cannot create exclusively
-EXCLUSIVE = ("gs", "gcs", "s3", "s3a", "memory")  # drivers that honour mode="create"; others can swallow it
-DRIVE = "/content/drive/"  # where Colab mounts Google Drive
 
 
 @dataclass(frozen=True)
@@ -58,18 +57,11 @@ def join(url: str, *names: str) -> str:
     return "/".join([url.rstrip("/"), *names])
 
 
-def _filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The filesystem object and its path. Made where it is used: gcsfs is not fork-safe, and listing caches lie."""
-    protocol = url.split("://")[0] if "://" in url else "file"
-    options = {} if protocol in ("file", "memory") else {"use_listings_cache": False}
-    try:
-        return fsspec.core.url_to_fs(url, **options)
-    except ValueError as e:
-        if "rotocol" not in str(e):
-            raise
-        raise StoreError(
-            f"{redact(url)}: unknown kind of URL '{protocol}://'; use a path, gs://, s3:// or https://"
-        ) from e
+def _place(url: str) -> Path:
+    """The path of a local URL that may be written to. Raises OSError while it is on a Drive that is not mounted."""
+    path = local_path(url)
+    drive.require_mounted(path)
+    return path
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
@@ -79,8 +71,8 @@ def size(url: str) -> int | None:
     """Bytes stored under the name; None when there is nothing or it is a folder."""
 
     def work() -> int | None:
-        fs, path = _filesystem(url)
-        info = fs.info(path)
+        fs, path = filesystem(url)
+        info = call(fs, "info", path)
         return None if info["type"] == "directory" else info["size"]
 
     try:
@@ -93,8 +85,8 @@ def exists(url: str) -> bool:
     """True when a file or a folder has that name."""
 
     def work() -> bool:
-        fs, path = _filesystem(url)
-        fs.info(path)
+        fs, path = filesystem(url)
+        call(fs, "info", path)
         return True
 
     try:
@@ -107,8 +99,8 @@ def read_bytes(url: str, start: int | None = None, stop: int | None = None) -> b
     """The whole object or the bytes [start, stop). Raises NotFound, StoreError."""
 
     def work() -> bytes:
-        fs, path = _filesystem(url)
-        return fs.cat_file(path, start=start, end=stop)
+        fs, path = filesystem(url)
+        return call(fs, "cat_file", path, start=start, end=stop, n_bytes=(stop or 0) - (start or 0))
 
     return attempt(url, "read", work)
 
@@ -137,7 +129,7 @@ class _RemoteStream(io.RawIOBase):
         self.url, self.at, self.file = url, 0, None
 
     def connect(self) -> None:
-        fs, path = _filesystem(self.url)
+        fs, path = filesystem(self.url)
         self.file = fs.open(path, "rb", block_size=COPY_BYTES)
 
     def readable(self) -> bool:
@@ -184,9 +176,11 @@ def list_folder(url: str) -> list[Entry]:
     """What is directly inside, sorted by name; empty when the folder is missing or empty."""
 
     def work() -> list[Entry]:
-        fs, path = _filesystem(url)
+        if is_local(url):
+            _place(url)  # an empty folder where the Drive should be must not look like a run without checkpoints
+        fs, path = filesystem(url)
         fs.invalidate_cache()
-        infos = fs.ls(path, detail=True)
+        infos = call(fs, "ls", path, detail=True)
         root = path.rstrip("/")
         entries = {i["name"].rstrip("/").rsplit("/", 1)[-1]: i for i in infos if i["name"].rstrip("/") != root}
         return [Entry(n, None if i["type"] == "directory" else i["size"]) for n, i in sorted(entries.items())]
@@ -206,7 +200,7 @@ def find_files(url: str) -> list[tuple[str, int]]:
 
 
 def _find_remote(url: str) -> Iterator[tuple[str, int]]:
-    fs, path = _filesystem(url)
+    fs, path = filesystem(url)
     if _has_magic(url) and not fs.exists(path):
         found = fs.glob(path, detail=True)
     elif fs.isdir(path):
@@ -286,8 +280,7 @@ def get_file(url: str, path: Path, *, sha256: str | None = None) -> None:
             if is_local(url):
                 shutil.copyfile(local_path(url), temporary)
             else:
-                fs, remote = _filesystem(url)
-                fs.get_file(remote, str(temporary))
+                _download(url, temporary)
             if sha256 is None or sha256_file(temporary) == sha256:
                 return True
             if last_try:
@@ -298,6 +291,22 @@ def get_file(url: str, path: Path, *, sha256: str | None = None) -> None:
         with contextlib.suppress(_Mismatch):
             if attempt(url, "fetch", lambda last=tries_left == 0: work(last)):
                 return
+
+
+def _download(url: str, path: Path) -> None:
+    """Piece by piece, each with tries of its own: an interruption costs a piece, and no request is long."""
+    fs, name = filesystem(url)
+    n_bytes = call(fs, "info", name)["size"]
+    if n_bytes is None:  # a web server that does not tell
+        call(fs, "get_file", name, str(path))
+        return
+    with open(path, "wb") as f:
+        for start in range(0, n_bytes, remote.PIECE_BYTES):
+            stop = min(start + remote.PIECE_BYTES, n_bytes)
+            piece = read_bytes(url, start, stop)
+            if len(piece) != stop - start:
+                raise OSError(errno.EIO, f"download brought {len(piece)} bytes of {stop - start}", redact(url))
+            f.write(piece)
 
 
 class _Mismatch(StoreError):
@@ -313,6 +322,7 @@ def staged(path: Path, *, durable: bool = True) -> Iterator[Path]:
 
     Without `durable` there is no fsync: for what is proved by its hash when it is read, and can be made again.
     """
+    drive.require_mounted(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
     try:
@@ -324,7 +334,8 @@ def staged(path: Path, *, durable: bool = True) -> Iterator[Path]:
         if durable:
             _fsync_folder(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the fault that came first is the one to tell
+            drive.discard(temporary)
 
 
 def _temporary(path: Path) -> Path:
@@ -349,11 +360,52 @@ def put_bytes(url: str, data: bytes) -> None:
             with staged(local_path(url)) as temporary:
                 temporary.write_bytes(data)
             return
-        fs, path = _filesystem(url)
-        fs.pipe_file(path, data)
-        _check_upload(fs, path, url, len(data), hashlib.md5(data, usedforsecurity=False))
+        remote.upload(url, data)
 
     attempt(url, "write", work)
+
+
+def put_file(url: str, source: Path) -> None:
+    """Publish a finished local file whole under the name. Raises StoreError; then the old bytes stay."""
+
+    def work() -> None:
+        if not is_local(url):
+            remote.upload(url, source)
+            return
+        target = _place(url)
+        if target.resolve() == source.resolve():
+            return
+        if drive.holds(target):
+            drive.require_room(source.stat().st_size)
+        with staged(target) as temporary:
+            shutil.copyfile(source, temporary)
+        if drive.holds(target) and sha256_file(target) != sha256_file(source):  # a full Drive makes files of 0 bytes
+            raise OSError(errno.EIO, "Drive stored other bytes than were written", url)
+
+    attempt(url, "write", work)
+
+
+def put_log(url: str, data: bytes) -> None:
+    """Publish a file that only ever grows. On a disk what is new is appended, so that a crash can leave a part of it.
+
+    On Drive a file that is replaced goes to the Trash whole: a log of 25 MB at every save would fill an account.
+    """
+
+    def work() -> None:
+        with open(_place(url), "r+b") as f:
+            if f.read() != data[: f.tell()]:
+                raise FileNotFoundError
+            f.write(data[f.tell() :])
+            f.flush()
+            os.fsync(f.fileno())
+
+    if not is_local(url):
+        put_bytes(url, data)
+        return
+    try:
+        attempt(url, "write", work)
+    except NotFound:  # or another file than the beginning of this one
+        put_bytes(url, data)
 
 
 def create(url: str, data: bytes) -> bool:
@@ -365,36 +417,19 @@ def create(url: str, data: bytes) -> bool:
     """
 
     def work() -> bool:
-        if is_local(url):
-            return _create_local(local_path(url), data)
-        fs, path = _filesystem(url)
-        try:
-            if url.split("://")[0] not in EXCLUSIVE:
-                raise NotImplementedError
-            fs.pipe_file(path, data, mode="create")
-        except FileExistsError:
-            return fs.cat_file(path) == data
-        except (NotImplementedError, OSError) as e:
-            answer = getattr(e.__cause__, "response", {}).get("Error", {}).get("Code")  # botocore's
-            if answer == "PreconditionFailed":
-                return fs.cat_file(path) == data
-            if answer != "NotImplemented" and not isinstance(e, NotImplementedError):
-                raise
-            if fs.exists(path):
-                return fs.cat_file(path) == data
-            fs.pipe_file(path, data)
-            time.sleep(SETTLE_S)
-            return fs.cat_file(path) == data
-        try:
-            _check_upload(fs, path, url, len(data), hashlib.md5(data, usedforsecurity=False))
-        except OSError:  # the name is ours, with bytes damaged on their way
+        created = _link(_place(url), data) if is_local(url) else remote.create(url, data)
+        if created is not None:
+            return created
+        if not exists(url):
             put_bytes(url, data)
-        return True
+            time.sleep(SETTLE_S)
+        return read_bytes(url) == data
 
     return attempt(url, "write", work)
 
 
-def _create_local(path: Path, data: bytes) -> bool:
+def _link(path: Path, data: bytes) -> bool | None:
+    """`create` on a disk; None where there are no hard links: exFAT, Drive, some mounts."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
     try:
@@ -407,43 +442,20 @@ def _create_local(path: Path, data: bytes) -> bool:
         except FileExistsError:
             return path.read_bytes() == data
         except OSError as e:
-            if e.errno not in (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP):
-                raise
-            if path.exists():  # no hard links on exFAT, Drive and some mounts
-                return path.read_bytes() == data
-            os.replace(temporary, path)
-            time.sleep(SETTLE_S)
-            return path.read_bytes() == data
+            if e.errno in (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP):
+                return None
+            raise
         _fsync_folder(path.parent)
         return True
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def put_file(url: str, source: Path) -> None:
-    """Publish a finished local file whole under the name. Raises StoreError; then the old bytes stay."""
-
-    def work() -> None:
-        if is_local(url):
-            if local_path(url).resolve() == source.resolve():
-                return
-            with staged(local_path(url)) as temporary:
-                shutil.copyfile(source, temporary)
-            return
-        fs, path = _filesystem(url)
-        fs.put_file(str(source), path)
-        with open(source, "rb") as f:
-            digest = hashlib.file_digest(f, lambda: hashlib.md5(usedforsecurity=False))
-        _check_upload(fs, path, url, source.stat().st_size, digest)
-
-    attempt(url, "write", work)
-
-
 def move_file(url: str, source: Path) -> None:
     """Publish a finished local file under the name and give up the source: a rename where both are on one disk."""
     if is_local(url):
-        target = local_path(url)
         try:
+            target = _place(url)
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(source, target)
             _fsync_folder(target.parent)
@@ -455,22 +467,6 @@ def move_file(url: str, source: Path) -> None:
     source.unlink()
 
 
-def _check_upload(fs: fsspec.AbstractFileSystem, path: str, url: str, n_bytes: int, md5: "hashlib._Hash") -> None:
-    """Ask the store what it holds. A transient error makes the caller's retry start again from byte 0."""
-    fs.invalidate_cache()
-    try:
-        info = fs.info(path)
-    except FileNotFoundError as e:  # gcsfs 2025.3 can end an upload without an object, and without an error
-        raise OSError(errno.EIO, "upload stored nothing", redact(url)) from e
-    if info["size"] != n_bytes:
-        raise OSError(errno.EIO, f"upload stored {info['size']} bytes of {n_bytes}", redact(url))
-    told = info.get("md5Hash") or info.get("ETag", "").strip('"')
-    ours = (base64.b64encode(md5.digest()).decode(), md5.hexdigest())
-    # a multipart or encrypted S3 object has an ETag that is no md5: only compare what can be one
-    if told and re.fullmatch(r"[0-9a-f]{32}|[A-Za-z0-9+/]{22}==", told) and told not in ours:
-        raise OSError(errno.EIO, "upload stored other bytes than were sent", redact(url))
-
-
 # ---- removing and moving --------------------------------------------------------------------------------------------
 
 
@@ -478,14 +474,11 @@ def delete(url: str) -> None:
     """Remove one file; nothing happens when it is not there."""
 
     def work() -> None:
-        fs, path = _filesystem(url)
         if is_local(url):
-            path = local_path(url)
-            if str(path).startswith(DRIVE) and path.is_file():
-                os.truncate(path, 0)  # a deleted file goes to the Drive's Trash and still fills the quota
-            path.unlink(missing_ok=True)
+            drive.discard(_place(url))
         else:
-            fs.rm_file(path)
+            fs, path = filesystem(url)
+            call(fs, "rm_file", path)
 
     with contextlib.suppress(NotFound):
         attempt(url, "delete", work)
@@ -513,15 +506,15 @@ def move_folder(source: str, target: str) -> None:
 
     def work() -> None:
         if is_local(source):
-            local_path(target).parent.mkdir(parents=True, exist_ok=True)
+            _place(target).parent.mkdir(parents=True, exist_ok=True)
             os.rename(local_path(source), local_path(target))
             return
-        fs, old = _filesystem(source)
-        _, new = _filesystem(target)
+        fs, old = filesystem(source)
+        _, new = filesystem(target)
         names = [e.name for e in list_folder(source)]
         for name in names:
-            fs.cp_file(f"{old.rstrip('/')}/{name}", f"{new.rstrip('/')}/{name}")
+            call(fs, "cp_file", f"{old.rstrip('/')}/{name}", f"{new.rstrip('/')}/{name}")
         for name in names:
-            fs.rm_file(f"{old.rstrip('/')}/{name}")
+            call(fs, "rm_file", f"{old.rstrip('/')}/{name}")
 
     attempt(source, "move", work)

@@ -25,6 +25,7 @@ try:
     RETRY_FOR_S = float(os.environ["PERENNIAL_RETRY_FOR_S"])
 except (KeyError, ValueError):
     RETRY_FOR_S = 600.0  # gcsfs alone gives up after about 33 s
+UNAUTHORISED_TRIES = 3
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 20.0  # between two tries, doubling, with jitter
 DRIVERS = {
     "gs": "gcsfs",
@@ -37,10 +38,19 @@ DRIVERS = {
 }
 # Local faults that pass: a network mount that dropped or lagged. A full or read-only disk does not pass by waiting.
 TRANSIENT_ERRNOS = {
-    errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY, errno.EINTR,
+    errno.EIO, errno.EREMOTEIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY, errno.EINTR,
     errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED, errno.EPIPE, errno.ENETUNREACH, errno.EHOSTUNREACH,
     socket.EAI_AGAIN,  # the name service does not answer: how a network outage looks; EAI_NONAME is a wrong name
 }  # fmt: skip
+
+
+MOUNT_GONE = (errno.ENOTCONN, errno.ESTALE)
+# S3's answers to bytes that changed or ended on their way, which s3fs calls invalid arguments, and to an upload that is
+# over: s3fs asks again to complete one that was completed, where the answer was lost, and calls that a missing file
+BEGIN_AGAIN = ("BadDigest", "IncompleteBody", "InvalidPart", "NoSuchUpload", "RequestTimeout",
+               "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch")  # fmt: skip
+REMOUNT = ("the mount dropped: mount it again (in Colab stop this cell, run drive.mount('/content/drive', "
+           "force_remount=True), then this cell): what was saved is kept")  # fmt: skip
 
 
 def redact(url: str) -> str:
@@ -50,6 +60,8 @@ def redact(url: str) -> str:
 
 def is_transient(error: BaseException) -> bool:
     """True where trying again may help: network faults, throttling, server errors; never a refusal or a full disk."""
+    if getattr(error.__cause__, "response", {}).get("Error", {}).get("Code") in BEGIN_AGAIN:
+        return True
     if isinstance(
         error, FileNotFoundError | PermissionError | FileExistsError | IsADirectoryError | NotADirectoryError
     ):
@@ -57,7 +69,8 @@ def is_transient(error: BaseException) -> bool:
     if isinstance(error, ValueError):  # aiohttp and requests call a malformed URL one
         return False
     if status := _status(error):
-        return status in (408, 429) or (status >= 500 and status != 501)  # 501: this server never will
+        # 410: the upload's session is gone, it begins again; 501: this server never will
+        return status in (408, 410, 429) or (status >= 500 and status != 501)
     if isinstance(error, TimeoutError | ConnectionError):
         return True
     if isinstance(error, OSError):
@@ -65,6 +78,11 @@ def is_transient(error: BaseException) -> bool:
         return error.errno in TRANSIENT_ERRNOS if error.errno else not str(error).startswith("Forbidden")
     if type(error).__module__ == "google.auth.exceptions":  # the token could not be renewed for want of a network
         return type(error).__name__ == "TransportError" or bool(getattr(error, "retryable", False))
+    names = {c.__name__ for c in type(error).__mro__}
+    if type(error).__module__ == "botocore.exceptions":  # most of them are mistakes in a call
+        return bool(
+            names & {"HTTPClientError", "IncompleteReadError", "ResponseStreamingError", "FlexibleChecksumError"}
+        )
     return type(error).__module__.split(".")[0] in ("aiohttp", "requests", "urllib3")
 
 
@@ -86,6 +104,13 @@ def _plainly(work: Callable[[], T]) -> T:
         raise
 
 
+def _again(state: tenacity.RetryCallState) -> bool:
+    error = state.outcome.exception() if state.outcome else None
+    if error is not None and _status(error) == 401:  # a token that was just renewed, on its way to every server
+        return state.attempt_number <= UNAUTHORISED_TRIES
+    return error is not None and is_transient(error)
+
+
 def _warn(state: tenacity.RetryCallState) -> None:
     error = state.outcome.exception() if state.outcome else None
     log.warning("storage: %s; trying again (attempt %d)", _one_line(error), state.attempt_number + 1)
@@ -93,7 +118,8 @@ def _warn(state: tenacity.RetryCallState) -> None:
 
 def _one_line(error: BaseException | None) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
-    return re.sub(r"://[^/?#\s]*@", "://", re.sub(r"\?\S*", "", text))[:300]
+    text = re.sub(r"://[^/?#\s]*@", "://", re.sub(r"\?\S*", "", text))[:300]
+    return f"{text}: {REMOUNT}" if isinstance(error, OSError) and error.errno in MOUNT_GONE else text
 
 
 _patience_s: ContextVar[float | None] = ContextVar("patience_s", default=None)
@@ -138,7 +164,7 @@ def attempt(url: str, action: str, work: Callable[[], T]) -> T:
         end_s, stop = time.monotonic() + patience_s, tenacity.stop_before_delay(patience_s)
         asked = functools.partial(_until, end_s, work)
     retrying = tenacity.Retrying(
-        retry=tenacity.retry_if_exception(is_transient),
+        retry=_again,
         wait=tenacity.wait_random_exponential(multiplier=FIRST_WAIT_S, max=LONGEST_WAIT_S),
         stop=stop,
         before_sleep=_warn if patience_s is None else None,
@@ -162,6 +188,8 @@ def attempt(url: str, action: str, work: Callable[[], T]) -> T:
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
             raise StoreError(f"{redact(url)}: no space left; free some and run the same command with --resume") from e
+        if e.errno in MOUNT_GONE:
+            raise StoreError(f"{redact(url)}: cannot {action}: {_one_line(e)}") from e
         raise StoreError(f"{redact(url)}: cannot {action}: {e.strerror or _one_line(e)}") from e
     except Exception as e:  # a driver's own exception types: still one line, the cause is chained for debugging
         raise StoreError(f"{redact(url)}: cannot {action}: {_one_line(e)}") from e

@@ -13,6 +13,7 @@ import pytest
 
 from scripts import demo_corpus
 from tests.fake_gcs import FakeGCS
+from tests.fake_s3 import FakeS3
 from tests.helpers import prepare
 
 
@@ -33,6 +34,18 @@ def gcs(monkeypatch):
         for name, value in server.env.items():
             monkeypatch.setenv(name, value)
         server.attach(monkeypatch)
+        yield server
+
+
+@pytest.fixture
+def s3(monkeypatch):
+    """An empty S3 on loopback that answers s3:// URLs of this process."""
+    s3fs = pytest.importorskip("s3fs")
+    with FakeS3() as server:
+        for name, value in server.env.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)  # its own five, with pauses, hide ours
+        s3fs.S3FileSystem.clear_instance_cache()  # those know the address of another server
         yield server
 
 

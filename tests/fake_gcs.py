@@ -7,10 +7,8 @@ import asyncio
 import base64
 import hashlib
 import json
-import random
 import re
 import threading
-from collections import Counter
 from dataclasses import dataclass, field
 from itertools import count
 from types import SimpleNamespace
@@ -19,69 +17,22 @@ from urllib.parse import unquote
 
 from aiohttp import web
 
+from tests.faulty_server import FaultyServer, damaged
+
 API = re.compile(
     r"/(?P<door>upload/|download/)?storage/v1/b/(?P<bucket>[^/]+)(?:/o(?:/(?P<key>[^/]+)(?P<rest>/.+)?)?)?$"
 )
 
 
 @dataclass
-class FakeGCS:
-    """`with FakeGCS() as server`: `objects` maps "bucket/key" to bytes, `seen` lists (kind of request, name).
+class FakeGCS(FaultyServer):
+    """`with FakeGCS() as server`: a bucket of any name is there, and anyone may use it.
 
     Kinds: upload (small, one request), session, chunk, cancel (of a resumable upload), info, read, list, delete, copy.
     """
 
-    objects: dict[str, bytes] = field(default_factory=dict)
-    seen: list[tuple[str, str]] = field(default_factory=list)
-    faults: dict[str, list[int | str]] = field(default_factory=dict)
     sessions: dict[str, tuple[str, bytearray]] = field(default_factory=dict)
     numbers: Any = field(default_factory=count)
-    served: Counter[str] = field(default_factory=Counter)  # bytes read, by object
-    bytes_per_s: float | None = None  # of the one line that all uploads and reads share
-    fault_rate: float = 0.0  # share of requests that fail in a random way
-    rng: random.Random = field(default_factory=lambda: random.Random(1))
-
-    def fail(self, kind: str, fault: int | str, times: int = 1) -> None:
-        """Let the next `times` requests of a kind fail.
-
-        A number is an HTTP status; "drop" closes the connection before anything is done, "drop after" once it is
-        done; "truncate" and "flip" damage the bytes on their way up or down; "partial" takes half of a chunk.
-        """
-        self.faults.setdefault(kind, []).extend([fault] * times)
-
-    def requests(self, kind: str) -> int:
-        """How many requests of a kind have come."""
-        return sum(k == kind for k, _ in self.seen)
-
-    # ---- running ----------------------------------------------------------------------------------------------------
-
-    def __enter__(self) -> "FakeGCS":
-        started = threading.Event()
-        self.loop, self.line_free_s = asyncio.new_event_loop(), 0.0
-
-        async def serve() -> None:
-            app = web.Application(client_max_size=1 << 30)
-            app.router.add_route("*", "/{path:.*}", self._handle)
-            self.runner = web.AppRunner(app, shutdown_timeout=0.1)
-            await self.runner.setup()
-            await web.TCPSite(self.runner, "127.0.0.1", 0).start()
-            self.url = f"http://127.0.0.1:{self.runner.addresses[0][1]}"
-            started.set()
-
-        def work() -> None:
-            self.loop.run_until_complete(serve())
-            self.loop.run_forever()
-            self.loop.run_until_complete(self.runner.cleanup())
-            self.loop.close()
-
-        self.thread = threading.Thread(target=work, daemon=True)
-        self.thread.start()
-        assert started.wait(10)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self.thread.join()
 
     @property
     def env(self) -> dict[str, str]:
@@ -99,15 +50,12 @@ class FakeGCS:
 
     # ---- answering --------------------------------------------------------------------------------------------------
 
-    async def _handle(self, request: web.Request) -> web.StreamResponse:
-        if request.path == "/faults":  # of the server as a process of its own
-            self.fault_rate = float(request.query["rate"])
-            return web.Response()
+    async def kind_of(self, request: web.Request, body: bytes) -> tuple[str, str, bytes]:
         m = API.match(request.raw_path.split("?")[0])
         if not m or request.method not in ("GET", "HEAD", "POST", "DELETE"):
-            return web.Response(status=501, text=f"not in this fake: {request.method} {request.raw_path}")
+            raise web.HTTPNotImplemented(text=f"not in this fake: {request.method} {request.raw_path}")
         bucket, key, query = unquote(m["bucket"]), unquote(m["key"] or ""), request.query
-        name, body = f"{bucket}/{key or query.get('name', '')}", await request.read()
+        name = f"{bucket}/{key or query.get('name', '')}"
         kind = {"GET": "info" if key else "list", "HEAD": "read", "DELETE": "delete", "POST": "copy"}[request.method]
         if m["door"] == "download/" or query.get("alt") == "media":
             kind = "read"
@@ -118,35 +66,16 @@ class FakeGCS:
         if kind == "upload":
             _, meta, body = body.split(b"\n\n", 2)
             name, body = f"{bucket}/{json.loads(meta.split(b'--==')[0])['name']}", body[: -len(b"\n--==0==--")]
-        self.seen.append((kind, name))
-        if kind in ("upload", "chunk"):
-            await self._pass(len(body))
-        fault = self.faults[kind].pop(0) if self.faults.get(kind) else None
-        if query.get("ifGenerationMatch") == "0" and name in self.objects and kind in ("upload", "session", "chunk"):
-            fault = fault or 412
-        if self.rng.random() < self.fault_rate:
-            fault = self.rng.choice((503, 429, 500, "drop", "drop after", "truncate", "flip"))
-        if query.get("ifGenerationMatch") == "0" and name in self.objects and kind in ("upload", "session", "chunk"):
-            fault = fault or 412
-        if isinstance(fault, int):
-            return web.json_response({"error": {"code": fault, "message": "fault on order"}}, status=fault)
-        if fault == "drop":
-            request.transport.abort()
-        if fault in ("truncate", "flip") and kind in ("upload", "chunk"):
-            body = damaged(body, fault)
-        response = web.Response() if fault == "drop" else getattr(self, f"_{kind}")(request, name, body, fault)
-        if kind == "read" and request.method == "GET" and response.body:
-            await self._pass(len(response.body))
-            if request.transport:  # else whoever asked is gone
-                self.served[name] += len(response.body)
-        if fault == "drop after":
-            request.transport.abort()
-        return response
+        return kind, name, body
 
-    async def _pass(self, n_bytes: int) -> None:
-        if self.bytes_per_s:
-            self.line_free_s = max(self.line_free_s, self.loop.time()) + n_bytes / self.bytes_per_s
-            await asyncio.sleep(self.line_free_s - self.loop.time())
+    def refuse(self, status: int) -> web.Response:
+        return web.json_response({"error": {"code": status, "message": "fault on order"}}, status=status)
+
+    def answer(self, kind: str, request: web.Request, name: str, body: bytes, fault: object) -> web.Response:
+        exclusive = request.query.get("ifGenerationMatch") == "0"
+        if exclusive and name in self.objects and kind in ("upload", "session", "chunk"):
+            return self.refuse(412)
+        return getattr(self, f"_{kind}")(request, name, body, fault)
 
     def _info(self, request: web.Request, name: str, body: bytes, fault: object) -> web.Response:
         return web.json_response(self._about(name)) if name in self.objects else web.Response(status=404)
@@ -161,13 +90,14 @@ class FakeGCS:
         if not request.path.endswith("/o"):
             return web.json_response({"kind": "storage#bucket", "name": bucket})
         items, prefixes = [], set()
-        for o in sorted(self.objects):
-            if o.startswith(f"{bucket}/{prefix}"):
-                rest = o[len(f"{bucket}/{prefix}") :]
-                if delimiter and delimiter in rest:
-                    prefixes.add(prefix + rest.split(delimiter)[0] + delimiter)
-                else:
-                    items.append(self._about(o))
+        for o, n_bytes in self.names(bucket, prefix).items():
+            rest = o[len(f"{bucket}/{prefix}") :]
+            if delimiter and delimiter in rest:
+                prefixes.add(prefix + rest.split(delimiter)[0] + delimiter)
+            else:
+                items.append(
+                    {"kind": "storage#object", "bucket": bucket, "name": o[len(bucket) + 1 :], "size": str(n_bytes)}
+                )
         return web.json_response({"kind": "storage#objects", "items": items, "prefixes": sorted(prefixes)})
 
     def _read(self, request: web.Request, name: str, body: bytes, fault: object) -> web.Response:
@@ -216,12 +146,6 @@ class FakeGCS:
             return web.Response(status=404)
         self.objects[target] = self.objects[source]
         return web.json_response({"done": True, "resource": self._about(target)})
-
-
-def damaged(data: bytes, how: object) -> bytes:
-    """The bytes with the last half missing, or with one bit changed in the middle."""
-    middle = len(data) // 2
-    return data[:middle] if how == "truncate" else data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
 
 
 if __name__ == "__main__":  # prints its address, and serves until it is killed

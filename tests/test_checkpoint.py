@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from store import fs
+from store import drive, fs
 from store.errors import DataError, StoreError
 from tests.helpers import files
 from train import checkpoint
@@ -306,12 +306,13 @@ def test_a_state_of_wrong_types_is_refused(tmp_path, change):
 
 def test_deleting_on_a_drive_empties_the_file_first(tmp_path, monkeypatch):
     """What is deleted there goes to the Trash and still fills the quota: it must be empty by then."""
-    monkeypatch.setattr(fs, "DRIVE", str(tmp_path))
-    trash = tmp_path / "trash"
-    (tmp_path / "part").write_bytes(b"x" * 1000)
-    trash.hardlink_to(tmp_path / "part")
-    fs.delete(str(tmp_path / "part"))
-    assert not (tmp_path / "part").exists()
+    monkeypatch.setattr(drive, "MOUNT", tmp_path)
+    trash, part = tmp_path / "trash", tmp_path / "MyDrive" / "part"
+    part.parent.mkdir()
+    part.write_bytes(b"x" * 1000)
+    trash.hardlink_to(part)
+    fs.delete(str(part))
+    assert not part.exists()
     assert trash.stat().st_size == 0
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from store import fs
+from store import drive
 from tests.helpers import result, train
 from tests.test_resume import SMALL
 from train import checkpoint, mirror, run
@@ -62,9 +62,10 @@ def tmp_path():
 def places(request, tmp_path, monkeypatch):
     """(where the run is, its cache, where storage is watched): a plain folder, or one on a Drive with a local tier."""
     if request.param == "two tiers":
-        monkeypatch.setattr(fs, "DRIVE", str(tmp_path / "world" / "drive"))
+        monkeypatch.setattr(drive, "MOUNT", tmp_path / "world" / "drive")
+        (tmp_path / "world" / "drive" / "MyDrive").mkdir(parents=True)
         monkeypatch.setattr(mirror, "PAUSE_S", 0.01)
-        return tmp_path / "world" / "drive" / "out", tmp_path / "world" / "cache", tmp_path / "world"
+        return tmp_path / "world" / "drive" / "MyDrive" / "out", tmp_path / "world" / "cache", tmp_path / "world"
     return tmp_path / "world" / "out", tmp_path / "world" / "cache", tmp_path / "world"
 
 

@@ -32,6 +32,12 @@ def out(request, tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def unhurried(monkeypatch, out):
+    """Where a beat must come in time, on a busy machine too; it is seen after a quarter of it."""
+    monkeypatch.setattr(lease, "TTL_S", 4.0)
+
+
+@pytest.fixture
 def claim():
     """Lease.claim with defaults; every lease is silenced at the end."""
     held = []
@@ -73,7 +79,7 @@ def test_released_is_followed_at_once(out, claim):
         first.check()
 
 
-def test_the_living_is_refused_company(out, claim):
+def test_the_living_is_refused_company(out, claim, unhurried):
     """While the holder renews, nobody else gets in, and the line says who and what to do; the holder goes on."""
     first = claim(out, lock="boot:1:2", host="tulip")
     with pytest.raises(StoreError, match=r"another trainer is writing there \(host tulip\): stop it, or give another"):
@@ -116,9 +122,9 @@ def test_a_stamp_of_long_ago_is_followed_at_once(out, claim):
 
 
 @pytest.mark.parametrize("out", ["local", "gs"], indirect=True)
-def test_of_many_at_once_one_gets_in(out):
-    """Eight start together, three times: one holder each time, no epoch twice, every other refused by name."""
-    for _ in range(3):
+def test_of_many_at_once_one_gets_in(out, unhurried):
+    """Eight start together, twice: one holder each time, no epoch twice, every other refused by name."""
+    for _ in range(2):
         barrier, held, refused = threading.Barrier(8), [], []
 
         def start(barrier=barrier, held=held, refused=refused) -> None:
@@ -135,11 +141,11 @@ def test_of_many_at_once_one_gets_in(out):
         assert all("another trainer is writing there" in line for line in refused)
         held[0].check()
         held[0].release()
-    assert len(fs.list_folder(fs.join(out, "leases"))) == 3
+    assert len(fs.list_folder(fs.join(out, "leases"))) == 2
 
 
 @pytest.mark.parametrize("lie", ["nothing", "not the newest", "one that was deleted"])
-def test_listings_that_lie(out, claim, monkeypatch, lie):
+def test_listings_that_lie(out, claim, monkeypatch, lie, unhurried):
     """A listing that omits the newest lease, or shows a deleted one, leads to no epoch twice and to no hole."""
     for _ in range(3):
         claim(out).release()
@@ -235,7 +241,7 @@ for line in sys.stdin:
 
 
 def writer(out: str, lock_path: Path) -> subprocess.Popen:
-    env = {**os.environ, "PERENNIAL_LEASE_S": "0.8"}
+    env = {**os.environ, "PERENNIAL_LEASE_S": "1.5"}
     command = [sys.executable, "-c", WRITER, out, str(lock_path)]
     return subprocess.Popen(
         command, cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True

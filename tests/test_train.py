@@ -287,6 +287,7 @@ def test_as_a_real_process_an_error_is_one_line_and_exit_2(tmp_path):
 
 def test_environment_and_drive_fill_in_the_places(data, tmp_path, monkeypatch):
     """What makes the bare `!python train/run.py --resume` right in a Colab cell."""
+    from store import drive
     from train import config
 
     monkeypatch.setenv("PERENNIAL_DATA", str(data))
@@ -294,12 +295,13 @@ def test_environment_and_drive_fill_in_the_places(data, tmp_path, monkeypatch):
     assert train("--resume", *QUICK) == 0
     assert (tmp_path / "out" / "config.json").exists()
     monkeypatch.setenv("COLAB_RELEASE_TAG", "x")
-    monkeypatch.setattr(config, "DRIVE", tmp_path)
+    monkeypatch.setattr(drive, "MOUNT", tmp_path)
+    (tmp_path / "MyDrive").mkdir()
     places = config.with_places(config.TrainConfig())
     assert not config.dies_with_the_machine(places.out)
     assert not config.dies_with_the_machine("gs://bucket/out")
     assert config.dies_with_the_machine("out")
-    assert (places.data, places.out) == (str(tmp_path / "perennial" / "data"), str(tmp_path / "perennial" / "out"))
+    assert (places.data, places.out) == tuple(str(tmp_path / "MyDrive" / "perennial" / n) for n in ("data", "out"))
 
 
 def test_a_model_of_the_right_size_is_chosen():

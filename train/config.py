@@ -15,10 +15,9 @@ from cli.errors import UserError
 from cli.flags import flag, number, seconds
 from gpt.model import GPTConfig
 from gpt.presets import preset
-from store import fs
+from store import drive, fs
 from store.errors import DataError
 
-DRIVE = Path("/content/drive/MyDrive")
 AUTO = "auto"
 
 
@@ -186,7 +185,8 @@ def check(config: TrainConfig) -> None:
 
 def with_places(config: TrainConfig) -> TrainConfig:
     """`data` and `out` filled in, so that the bare command works in a Colab cell and in a clone."""
-    base = DRIVE / "perennial" if on_colab() and DRIVE.is_dir() else Path()
+    mine = drive.MOUNT / "MyDrive"
+    base = mine / "perennial" if on_colab() and mine.is_dir() else Path()
     return dataclasses.replace(config, data=config.data or str(base / "data"), out=config.out or str(base / "out"))
 
 
@@ -197,7 +197,7 @@ def on_colab() -> bool:
 
 def dies_with_the_machine(out: str) -> bool:
     """True for a local folder of a Colab runtime that is not on the Drive."""
-    return on_colab() and fs.is_local(out) and DRIVE not in fs.local_path(out).absolute().parents
+    return on_colab() and fs.is_local(out) and not drive.holds(fs.local_path(out))
 
 
 def with_recipe(config: TrainConfig, device_type: str) -> TrainConfig:

@@ -10,10 +10,10 @@ from typing import Any
 
 from cli.errors import UserError
 from gpt.tokenizer import Tokenizer
-from store import fs
+from store import drive, fs
 from store.shards import Loading, Shard, TokenShards, default_cache
 from train.batches import Batches, validation_grid
-from train.config import DRIVE, TrainConfig, on_colab
+from train.config import TrainConfig, on_colab
 from train.staging import StagedShards, Staging
 
 LOOK_TOKENS = 1 << 16
@@ -55,12 +55,12 @@ class Data:
 def open_data(config: TrainConfig) -> Data:
     """The dataset, none of its shards there yet: their sizes alone are checked. Every byte is verified before it is used."""
     if not fs.exists(fs.join(config.data, "metadata.json")):
-        drive = (
+        mount = (
             "mount your Drive first (drive.mount in a cell of its own), or "
-            if on_colab() and not DRIVE.is_dir()
+            if on_colab() and not drive.mounted(drive.MOUNT / "MyDrive")
             else ""
         )
-        raise UserError(f"{fs.redact(config.data)}: no token dataset there (no metadata.json): {drive}make one with "
+        raise UserError(f"{fs.redact(config.data)}: no token dataset there (no metadata.json): {mount}make one with "
                         "`python prep/tokenize_bpe.py --input corpus.txt --compress`, and name it with --data")  # fmt: skip
     tokens = TokenShards(config.data, cache=(config.cache_folder or default_cache()) / "shards")
     tokenizer = Tokenizer(tokens.tokenizer_json())

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cli.errors import UserError
-from store import fs, lock
+from store import drive, fs, lock
 from store.errors import DataError, NotFound, StoreError
 from store.lease import TTL_S, Lease
 from store.shards import default_cache
@@ -43,7 +43,7 @@ class RunFolder:
         self.opened = False
         self.unwritten: dict[str, str] = {}  # lines of logs that could not be appended yet
         self.writing = threading.Lock()  # the loop and the saving threads log
-        self.two_tiers = not fs.is_local(url) or fs.local_path(url).is_relative_to(fs.DRIVE)
+        self.two_tiers = not fs.is_local(url) or drive.holds(fs.local_path(url))
         mine = (cache or default_cache()) / "runs" / hashlib.sha256(url.encode()).hexdigest()[:16]
         self.local = mine if self.two_tiers else fs.local_path(url)
         self.published: dict[str, int] = {}  # bytes of each file that the mirror has brought to `url`
@@ -55,6 +55,9 @@ class RunFolder:
         """
         if fs.is_local(self.url):
             path = fs.local_path(self.url).absolute()
+            if drive.holds(path) and not drive.mounted(path):
+                raise UserError(f"--out {self.url}: Google Drive is not mounted: run drive.mount({str(drive.MOUNT)!r}) in a cell "
+                                "of its own")  # fmt: skip
             there = next(p for p in (path, *path.parents) if p.exists())
             if not there.is_dir() or not os.access(there, os.W_OK):
                 what = "cannot be written" if there.is_dir() else "is a file"
@@ -222,7 +225,7 @@ class RunFolder:
             with self.writing:
                 data = (self.local / name).read_bytes() if (self.local / name).exists() else b""
             if len(data) != self.published.get(name, 0):
-                fs.put_bytes(fs.join(self.url, name), data)
+                fs.put_log(fs.join(self.url, name), data)
                 self.published[name] = len(data)
 
     def warn(self, message: str) -> None:
