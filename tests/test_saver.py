@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import os
 import threading
 import time
 
 import pytest
 import torch
 
-from store import fs
+from store import drive, fs, remote
 from store.errors import StoreError
 from tests.helpers import error_of, result, train
 from tests.test_checkpoint import state, tensors
@@ -141,7 +142,7 @@ def test_another_run_under_the_same_url_finds_nothing_of_the_old_one(data, tmp_p
     flags = ("--data", data, "--save-every", 4, *SMALL, "--resume", "--cache", tmp_path / "machine")
     url = f"memory://again/{tmp_path.name}"
     assert train(*flags, "--steps", 8, "--out", url) == 0
-    fs._filesystem(url)[0].rm(url, recursive=True)
+    remote.filesystem(url)[0].rm(url, recursive=True)
     assert train(*flags, "--steps", 4, "--out", url) == 0
     assert [c.step for c in checkpoint.committed(url)] == [4]
     events = [json.loads(line) for line in fs.read_bytes(f"{url}/events.jsonl").splitlines()]
@@ -208,3 +209,39 @@ def test_a_fenced_trainer_leaves_with_its_own_exit_code(data, tmp_path, monkeypa
     assert train(*flags) == FENCED
     assert [m.step for m in checkpoint.committed(str(tmp_path / "out"))] == saves[:2]
     assert "has taken this run over" in capsys.readouterr().err
+
+
+def test_on_a_drive_stored_and_proved_in_the_cloud_are_two_things(tmp_path, monkeypatch, capsys):
+    """Drive gives a file an id that begins with "local" until it has uploaded it."""
+    mount = tmp_path / "drive"
+    (mount / "MyDrive").mkdir(parents=True)
+    monkeypatch.setattr(drive, "MOUNT", mount)
+    monkeypatch.setattr(mirror, "LOOK_S", 0.02)
+    monkeypatch.setenv("PERENNIAL_CACHE", str(tmp_path / "cache"))
+    real = checkpoint.upload
+
+    def give_ids(step_folder, prefix):
+        for path in step_folder.iterdir():
+            os.setxattr(path, "user.drive.id", prefix + path.name.encode())
+
+    def upload(source, out, manifest, **rest):
+        real(source, out, manifest, **rest)
+        give_ids(mount / "MyDrive" / "out" / manifest.name, b"local-")
+
+    monkeypatch.setattr(checkpoint, "upload", upload)
+    saver = make_saver(mount / "MyDrive" / "out")
+    saver.begin(5, tensors(5), state(5))
+    saver.finish(20)
+    assert "is on the Drive's way to the cloud, not there yet" in capsys.readouterr().err
+
+    def proved():
+        return "proved_remote" in (saver.folder.local / "events.jsonl").read_text()
+
+    time.sleep(0.2)
+    assert not proved()
+    give_ids(mount / "MyDrive" / "out" / "step-00000005-0000", b"1x")
+    begin_s = time.monotonic()
+    while not proved():
+        assert time.monotonic() - begin_s < 10
+        time.sleep(0.02)
+    saver.folder.lease.release()

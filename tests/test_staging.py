@@ -15,7 +15,7 @@ import time
 import numpy as np
 import pytest
 
-from store import fs
+from store import drive
 from store.errors import DataError, StoreError
 from store.shards import ShardWriter, TokenShards, write_metadata
 from tests.helpers import error_of, files, result, start, train
@@ -119,7 +119,7 @@ def test_every_place_gives_the_same_batches(many, data, gcs, web, tmp_path, monk
     if place == "raw":
         url = make(tmp_path / "d", data, [3000 + 1000 * i for i in range(8)], (900, 700), level=None)
     if place == "drive":
-        monkeypatch.setattr(fs, "DRIVE", f"{many.parent}/")
+        monkeypatch.setattr(drive, "MOUNT", many.parent)
     straight = expected(many)
     for _ in range(2):
         gcs.served.clear()

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from store import fs
+from store import drive, fs
 from store.errors import DataError, NotFound, StoreError
 from store.shards import default_cache
 from train.tensor_file import write_tensors
@@ -293,8 +293,11 @@ def _staging(out: str) -> Path:
 
 
 def _proved(url: str, part: dict[str, Any], copy: Path) -> Path:
-    """A local path with exactly the bytes of the manifest: the file itself, or a fetched copy."""
-    if fs.is_local(url):
+    """A local path with exactly the bytes of the manifest: the file itself, or a fetched copy.
+
+    A Drive is copied from: what it fails to give now is tried again, and what was proved is what is then read.
+    """
+    if fs.is_local(url) and not drive.holds(fs.local_path(url)):
         path = fs.local_path(url)
         _prove(path, part)
         return path

@@ -29,7 +29,7 @@ import torch._functorch.config as functorch
 import zstandard
 
 from gpt.model import GPTConfig
-from store import fs
+from store import drive, fs
 from store.errors import StoreError
 from store.retry import patience
 from store.shards import default_cache
@@ -178,7 +178,8 @@ def secret(cache: Path) -> bytes:
     """What signs the archives: $PERENNIAL_COMPILE_KEY, or a random one in the user's cache (on Colab: the user's Drive)."""
     if given := os.environ.get(SECRET):
         return given.encode()
-    home = settings.DRIVE if settings.on_colab() and settings.DRIVE.is_dir() else cache
+    mine = drive.MOUNT / "MyDrive"
+    home = mine if settings.on_colab() and mine.is_dir() else cache
     path = home / ".perennial-compile-key"
     made = secrets.token_hex(32).encode()
     try:

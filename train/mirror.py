@@ -4,7 +4,7 @@ import threading
 import time
 
 from cli.progress import count
-from store import fs
+from store import drive, fs
 from store.errors import StoreError
 from store.lease import Fenced
 from train import checkpoint
@@ -12,6 +12,7 @@ from train.checkpoint import Manifest
 from train.folder import RunFolder
 
 PAUSE_S = 20.0  # after a failure that outlasted store.retry's own patience
+LOOK_S = 10.0  # between looks at whether Drive has brought a checkpoint to the cloud
 
 
 class Mirror:
@@ -28,6 +29,7 @@ class Mirror:
         self.waiting_since_s: float | None = None  # when the oldest offer that is not answered yet was made
         self.error: BaseException | None = None  # of the last try
         self.leaving = False
+        self.on_its_way: Manifest | None = None  # stored on a Drive, which has not proved yet that it is in the cloud
         self.changed = threading.Condition()
         threading.Thread(target=self._work, daemon=True, name="mirror").start()
 
@@ -59,13 +61,15 @@ class Mirror:
     def _work(self) -> None:
         while True:
             with self.changed:
-                self.changed.wait_for(lambda: self.offered or self.leaving)
+                self.changed.wait_for(lambda: self.offered or self.leaving, LOOK_S if self.on_its_way else None)
                 manifest, leaving = self.offered, self.leaving
                 self.uploading = manifest
             try:
                 if manifest:
                     self._upload(manifest)
-                self.folder.publish()
+                self._look_at_drive()
+                if manifest or leaving:
+                    self.folder.publish()
             except BaseException as e:
                 if isinstance(e, StoreError) and not isinstance(e, Fenced):
                     self._failed(manifest, e)
@@ -89,6 +93,7 @@ class Mirror:
         self.folder.lease.renew(step=manifest.step, saved=manifest.name)
         with self.changed:
             self.stored, self.error = manifest, None
+        self.on_its_way = manifest if fs.is_local(self.folder.url) else None
         self.folder.event("saved", step=manifest.step, tier="remote", bytes=manifest.n_bytes, seconds=round(seconds, 3))
         where = fs.redact(fs.join(self.folder.url, manifest.name))
         print(f"stored     {where} ({count(manifest.n_bytes)}B, {count(manifest.n_bytes / seconds)}B/s)", flush=True)
@@ -96,6 +101,20 @@ class Mirror:
             checkpoint.retain(self.folder.url, self.keep)
         except StoreError as e:  # the new step is committed: old ones that stay too long hurt nobody
             self.folder.warn(f"old checkpoints could not be removed: {e}")
+
+    def _look_at_drive(self) -> None:
+        """On a mounted Drive a checkpoint is local until Drive has given each file its id: only then is it in the cloud."""
+        manifest = self.on_its_way
+        if manifest is None:
+            return
+        folder = fs.local_path(self.folder.url) / manifest.name
+        told = [drive.uploaded(folder / name) for name in (*manifest.parts, checkpoint.MANIFEST)]
+        if None in told:  # no Drive that tells, or retention was quicker
+            self.on_its_way = None
+        elif all(told):
+            self.on_its_way = None
+            self.folder.event("proved_remote", step=manifest.step)
+            print(f"in cloud   {manifest.name} has left this machine", flush=True)
 
     def _failed(self, manifest: Manifest | None, error: StoreError) -> None:
         what = f"checkpoint {manifest.name}" if manifest else "the log"

@@ -211,3 +211,6 @@ class Saver:
             raise Unsaved(f"{fs.redact(self.folder.url)}: the last checkpoint could not be stored there "
                           f"({self.mirror.error or 'no time left'}); it is on this machine, where the same command goes on from "
                           "it")  # fmt: skip
+        if self.mirror and self.mirror.on_its_way:
+            self.folder.warn(f"{self.mirror.on_its_way.name} is on the Drive's way to the cloud, not there yet: "
+                             "drive.flush_and_unmount() in a cell waits for it")  # fmt: skip

@@ -22,7 +22,7 @@ from concurrent.futures import Future
 import numpy as np
 
 from cli.progress import Meter, count, duration
-from store import fs
+from store import drive, fs
 from store.errors import DataError, StoreError
 from store.shards import HEADER_BYTES, Shard, TokenShards
 from train.shard_cache import ShardCache
@@ -40,7 +40,7 @@ class Staging:
 
     def __init__(self, tokens: TokenShards, *, preload: bool, limit: int | None) -> None:
         self.tokens, self.preload = tokens, preload
-        self.remote = not fs.is_local(tokens.url) or fs.local_path(tokens.url).absolute().is_relative_to(fs.DRIVE)
+        self.remote = not fs.is_local(tokens.url) or drive.holds(fs.local_path(tokens.url))
         self.cache = ShardCache(tokens.copy_path(tokens.shards[0]).parent, limit)
         self.arrays: dict[str, np.ndarray] = {}  # by the name of their shard
         self.failed: dict[str, BaseException] = {}
