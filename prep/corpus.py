@@ -177,6 +177,8 @@ def _fingerprint(url: str, size: int, head: bytes) -> str:
 def _refuse_binary(url: str, head: bytes) -> None:
     odd = sum(head.count(bytes([c])) for c in (*range(9), *range(14, 27), *range(28, 32), 127))
     what = next((text for magic, text in BINARY.items() if head.startswith(magic)), None)
+    if b"\r" in head and b"\n" not in head and not odd:
+        raise UserError(f"{fs.redact(url)}: its lines end as on an old Mac: tr '\\r' '\\n' < FILE > NEW, and give that")
     if head[257:262] == b"ustar":
         what = "a tar archive: unpack it first"
     if what or odd > len(head) * 0.02:

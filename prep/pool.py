@@ -59,10 +59,14 @@ def in_order(
         yield result(started.popleft())
 
 
+# Ctrl-C and a closed terminal reach every process of it: the parent answers for all
+PARENTS_SIGNALS = (signal.SIGINT, signal.SIGHUP)
+
+
 def _start_worker() -> None:
-    # Ctrl-C and a closed terminal reach every process of it: the parent answers for all
-    for number in (signal.SIGINT, signal.SIGHUP):
+    for number in PARENTS_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, PARENTS_SIGNALS)
     os.environ.update(WORKER_ENVIRONMENT)
     quiet_drivers()
     parent = multiprocessing.parent_process()
@@ -100,10 +104,18 @@ class Pool:
         if self.executor is None:
             yield from (work(*task) for task in tasks)
             return
+
+        def start(task: tuple[Any, ...]) -> Future:
+            # The first one starts the workers. They import for a third of a second before they can ignore a signal; until
+            # then it is held back from them, as it is from whoever starts them: here for a moment.
+            held = signal.pthread_sigmask(signal.SIG_BLOCK, PARENTS_SIGNALS)
+            try:
+                return self.executor.submit(work, *task)
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, held)
+
         try:
-            yield from in_order(
-                lambda task: self.executor.submit(work, *task), Future.result, tasks, under_way=2 * self.workers
-            )
+            yield from in_order(start, Future.result, tasks, under_way=2 * self.workers)
         except BrokenProcessPool as e:
             raise Unfinished("a worker process was killed, most often for lack of memory: "
                              "run the same command with --resume and fewer --workers") from e  # fmt: skip

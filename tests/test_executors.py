@@ -214,6 +214,18 @@ def test_a_signal_ends_it_with_one_line_and_its_code_and_no_worker_stays(big, tm
     goes_on(big, tmp_path / "d")
 
 
+def test_ctrl_c_while_workers_start_is_one_line_too(corpus, tmp_path):
+    """A terminal sends it to every process, also to those that are still importing."""
+    process = start("prep/tokenize_bpe.py", "--input", corpus, "--output", tmp_path / "d", *FLAGS, "--workers", 2,
+                    stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)  # fmt: skip
+    while not any("spawn_main" in " ".join(p.cmdline()) for p in psutil.Process(process.pid).children()):
+        assert process.poll() is None
+    time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    err = process.communicate(timeout=20)[1]
+    assert (process.returncode, err) == (130, "stopped; the same command with --resume goes on\n")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_second_signal_leaves_at_once_whatever_hangs(number):
     hangs = (

@@ -265,6 +265,7 @@ def test_default_output_of_a_file_whose_name_looks_like_a_glob(tmp_path):
 
 def bad_inputs(tmp_path, corpus, data):
     (tmp_path / "empty.txt").write_bytes(b"")
+    (tmp_path / "mac.txt").write_bytes(b"User: Hello?\rAssistant: Hello.\r\r" * 90)
     (tmp_path / "blank.txt").write_bytes(b"\n\n \n\n")
     (tmp_path / "binary.txt").write_bytes(bytes(range(256)) * 100)
     (tmp_path / "latin.txt").write_bytes(b"User: caf\xe9 au lait, please\nAssistant: Coming.\n\n" * 50)
@@ -279,6 +280,7 @@ def bad_inputs(tmp_path, corpus, data):
     return {
         "no input": ((), "--input is missing"),
         "missing file": (("--input", tmp_path / "no.txt"), "no.txt: not found"),
+        "an old Mac's lines": (("--input", tmp_path / "mac.txt"), "tr '\\r' '\\n'"),
         "empty file": (("--input", tmp_path / "empty.txt"), "empty (0 bytes)"),
         "blank file": (("--input", tmp_path / "blank.txt"), "the corpus is empty"),
         "a folder with nothing to read": (("--input", tmp_path / "md"), "no text found there"),
