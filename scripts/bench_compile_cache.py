@@ -71,7 +71,7 @@ def first_step(
     cpu_s = run(
         "train/run.py", folder, machine, "--data", "data", "--out", out, "--model", "small", "--n-layer", args.layers,
         "--n-embd", args.width, "--block-size", 64, "--batch", 4, "--steps", steps, "--log-every", 1, "--eval-every", 0,
-        "--eval-tokens", 256, "--sample-every", 0, "--device", args.device, "--compile", "on", "--resume",
+        "--eval-tokens", 256, "--schedule", "constant", "--warmup", 1, "--sample-every", 0, "--device", args.device, "--compile", "on", "--resume",
     )  # fmt: skip
     compiles = [e for e in read_lines(folder / out / "events.jsonl") if e["event"] == "compiled"]
     return compiles[-1]["seconds"], cpu_s, compiles[-1]["cache"]
