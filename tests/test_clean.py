@@ -206,9 +206,9 @@ def test_without_ftfy_the_rule_is_refused_and_the_rest_works(tmp_path):
 def test_hostile_text_takes_linear_time(text):
     """Quadratic time would be hours for one record of a megabyte."""
     cleaner = Cleaner(clean.Settings(SETS["lenient"]))
-    start_s = time.monotonic()
+    start_s = time.process_time()
     cleaner.clean([(None, "x\n" + text * (300_000 // len(text)) + "x")])
-    assert time.monotonic() - start_s < 5
+    assert time.process_time() - start_s < 5
 
 
 def test_language():
