@@ -316,6 +316,30 @@ def test_sigterm_in_each_phase(data, tmp_path):
     assert result(tmp_path / "evaluation") == result(tmp_path / "quiet")  # the validation of step 3 too
 
 
+def test_twice_within_a_second_while_a_save_is_in_flight(data, tmp_path):
+    """What is being written is lost, what is committed stays, and the run goes on from it."""
+    patch = "save, saved = checkpoint.save, []\n"
+    patch += "late = slow(save, 'in it', 30)\n"
+    patch += "checkpoint.save = lambda *a, **k: late(*a, **k) if saved else saved.append(save(*a, **k)) or saved[0]"
+    flags = ("--data", data, *FLAGS, "--save-every", 2)
+    arguments = map(str, (*flags, "--out", tmp_path / "out", "--steps", 100_000))
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW.format(patch=patch), *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert any("in it" in line for line in process.stdout)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    begin_s = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 128 + signal.SIGTERM
+    assert time.monotonic() - begin_s < 2
+    process.stdout.close()
+    assert [m.step for m in checkpoint.committed(str(tmp_path / "out"))] == [2]
+    again = (*flags, "--steps", 6)
+    assert train(*again, "--out", tmp_path / "out") == train(*again, "--out", tmp_path / "quiet") == 0
+    assert result(tmp_path / "out") == result(tmp_path / "quiet")
+
+
 def test_a_signal_in_the_last_validation_is_no_end(data, tmp_path, monkeypatch):
     flags = ("--data", data, *FLAGS, "--steps", 4)
     assert train(*flags, "--out", tmp_path / "quiet") == 0
@@ -425,8 +449,8 @@ def test_a_wall_clock_that_jumps_changes_stamps_only(data, tmp_path, monkeypatch
 
 
 def test_durations_never_come_from_the_wall_clock():
-    """Only stamps may: in the run folder's events, and in a lease."""
+    """Only stamps may: of events, of leases, of stored compile caches."""
     pattern = re.compile(r"\btime\.time\(|\btime\.time_ns\(|datetime\.now\(")
     users = {str(p.relative_to(ROOT)) for part in ("train", "store", "cli", "gpt") for p in (ROOT / part).glob("*.py")
              if pattern.search(p.read_text())}  # fmt: skip
-    assert users <= {"train/folder.py", "store/lease.py"}
+    assert users <= {"train/folder.py", "store/lease.py", "train/compile_cache.py"}
