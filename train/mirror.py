@@ -29,6 +29,7 @@ class Mirror:
         self.waiting_since_s: float | None = None  # when the oldest offer that is not answered yet was made
         self.error: BaseException | None = None  # of the last try
         self.leaving = False
+        self.upload_s = 0.0  # what the newest upload took
         self.on_its_way: Manifest | None = None  # stored on a Drive, which has not proved yet that it is in the cloud
         self.changed = threading.Condition()
         threading.Thread(target=self._work, daemon=True, name="mirror").start()
@@ -89,7 +90,7 @@ class Mirror:
         start_s = time.monotonic()
         self.folder.publish()  # the logs of a step are there before the step is
         checkpoint.upload(self.folder.local, self.folder.url, manifest, fence=self.folder.fence)
-        seconds = time.monotonic() - start_s
+        seconds = self.upload_s = time.monotonic() - start_s
         self.folder.lease.renew(step=manifest.step, saved=manifest.name)
         with self.changed:
             self.stored, self.error = manifest, None

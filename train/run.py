@@ -237,7 +237,7 @@ def train(
         elif save_due:
             with log.pause():
                 save()
-        stop.reserve_s = saver.write_s
+        stop.reserve_s = saver.takes_s()
         if config.sample_every and (last or due(state.step, config.sample_every)):
             with log.pause("sampled", step=state.step):
                 stop.unless_stopped(lambda: show_samples(config, state, data, folder, machine, stop))

@@ -192,6 +192,10 @@ class Saver:
             return here
         return f"{f'step {self.mirror.stored.step}' if self.mirror.stored else 'as at the start'} (on this machine: {here})"
 
+    def takes_s(self) -> float:
+        """Seconds that the newest save took, to where the run lives: what the last one may take."""
+        return self.stall_s + self.write_s + (self.mirror.upload_s if self.mirror else 0.0)
+
     def wait(self, timeout_s: float | None = None) -> bool:
         """Until no save is in flight on this machine; False when that takes longer."""
         if self.thread is not None:
