@@ -198,7 +198,7 @@ class TokenShards:
     """
 
     def __init__(self, url: str, *, cache: Path | None = None) -> None:
-        self.url, self.cache = url, cache
+        self.url, self.cache = url, cache or default_cache() / "shards"
         self.metadata, self.fingerprint = _load_metadata(url)
         self.shards = [Shard(**s) for s in self.metadata["shards"]]
         self.vocab_size: int = self.metadata["vocab_size"]
@@ -267,7 +267,7 @@ class TokenShards:
 
     def copy_path(self, shard: Shard) -> Path:
         """Where the raw local copy of a shard is, or would be."""
-        return (self.cache or default_cache() / "shards") / f"{shard.sha256[:20]}-{shard.name.removesuffix('.zst')}"
+        return self.cache / f"{shard.sha256[:20]}-{shard.name.removesuffix('.zst')}"
 
     def copied(self, shard: Shard) -> np.ndarray | None:
         """The raw local copy, memory-mapped and proved by its hash; None where there is none, or a damaged one."""

@@ -6,6 +6,7 @@ import hashlib
 import http.server
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import time
 import numpy as np
 import pytest
 
+from scripts import bench_restart
 from store import drive
 from store.errors import DataError, StoreError
 from store.shards import ShardWriter, TokenShards, write_metadata
@@ -154,6 +156,22 @@ def test_the_first_batch_comes_before_the_last_shard(many, gcs, tmp_path, loadin
     np.testing.assert_array_equal(first, expected(many).batch_at(0))
 
 
+def test_several_ranges_of_one_shard_are_fetched_at_once(data, gcs, tmp_path, monkeypatch):
+    """One connection gives a part of what the line can: four that wait for each other all come."""
+    upload(gcs, make(tmp_path / "d", data, (20_000,)))
+    monkeypatch.setattr(staging, "RANGE_BYTES", 1500)
+    real, four = staging._fetch, threading.Barrier(4)
+
+    def fetch(url, begin, end):
+        if begin < 4 * 1500:
+            four.wait(20)
+        return real(url, begin, end)
+
+    monkeypatch.setattr(staging, "_fetch", fetch)
+    with staged("gs://bucket", tmp_path / "cache"):
+        pass
+
+
 def test_training_from_a_bucket_is_training_from_a_folder(many, gcs, tmp_path, capsys):
     flags = ("--steps", 60, *SMALL, "--cache", tmp_path / "cache", "--cache-limit", "30kB", "--loading", "memmap")
     assert train("--data", many, "--out", tmp_path / "a", *SMALL, "--steps", 60) == 0
@@ -289,7 +307,7 @@ def test_a_full_cache_disk_is_one_line(data, gcs, tmp_path):
             assert "--cache" in message
             assert not (tmp_path / "out").exists()
     finally:
-        subprocess.run(["umount", str(cache)], check=True)
+        subprocess.run(["umount", "--lazy", str(cache)], check=True)
 
 
 def test_a_signal_while_the_first_shard_comes_exits_at_once_with_75(data, gcs, tmp_path):
@@ -342,7 +360,7 @@ def on_disk(folder):
 
 
 @pytest.mark.parametrize("loading", ["preload", "memmap"])
-@pytest.mark.parametrize("limit", [1, 60_000])
+@pytest.mark.parametrize("limit", [1, 60_000, 90_000])
 def test_the_limit_is_kept_but_for_what_is_in_use(many, gcs, tmp_path, loading, limit):
     """Three epochs through a cache that holds none of the shards, or two or three; an earlier dataset's go first."""
     cache = tmp_path / "cache" / "shards"
@@ -360,6 +378,8 @@ def test_the_limit_is_kept_but_for_what_is_in_use(many, gcs, tmp_path, loading, 
             np.testing.assert_array_equal(batches.batch_at(step), straight.batch_at(step))
             peak = max(peak, on_disk(cache))
     assert not other.exists()
+    fetched = sum(n for name, n in gcs.served.items() if ".bin" in name) / sum(s.stored_bytes for s in shards)
+    assert fetched <= (1 if loading == "preload" else {1: 3, 60_000: 2.9, 90_000: 2.2}[limit])
     # two shards at a time where a batch lies in both, and the two of validation at the start
     assert peak <= limit + 2 * in_use
 
@@ -399,3 +419,15 @@ def test_what_cannot_be_had_says_so(many, gcs, tmp_path):
 
 def test_a_limit_of_nothing_is_refused(many, tmp_path):
     assert error_of(train, "--data", many, "--cache-limit", 0) == "--cache-limit 0: expected 1 or more"
+
+
+def test_a_restart_is_measured(tmp_path, capsys):
+    """The benchmark's small setting: its trainers take their first steps, and wait for data but briefly."""
+    flags = ("--size", "20MB", "--shard-tokens", "2M", "--rate", "50MB", "--scratch", tmp_path)
+    assert bench_restart.main([*map(str, flags)]) == 0
+    lines = re.findall(
+        r"^(new|same) machine +first step after ([\d.]+) s: .*; ([\d.]+) s", capsys.readouterr().out, re.M
+    )
+    assert [name for name, _, _ in lines] == ["new", "same"]
+    assert all(float(data_s) < float(total_s) for _, total_s, data_s in lines)
+    assert not list(tmp_path.iterdir())

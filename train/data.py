@@ -45,7 +45,12 @@ class Data:
 
     def ready(self, told_to_stop: Callable[[], bool]) -> bool:
         """Wait until the first step can go; False when told to stop before that."""
-        there = self.staging.wait(self.first, told_to_stop)
+        there = False
+        try:
+            there = self.staging.wait(self.first, told_to_stop)
+        finally:
+            if not there:
+                self.staging.close()
         if there and self.first:  # documents are shuffled: the beginning of any shard tells what they are
             begins = self.staging.arrays[self.first[0].name][:LOOK_TOKENS]
             self.chat = bool((begins == self.tokenizer.role_id("user")).any())

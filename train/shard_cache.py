@@ -17,7 +17,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-KEY = re.compile(r"\.?([0-9a-f]{20})-(?:train|val)-[0-9]+\.bin")
+from store.shards import Shard
+
+KEY = re.compile(r"\.?([0-9a-f]{20}-(?:train|val)-[0-9]+)\.bin")
 
 
 class ShardCache:
@@ -26,16 +28,21 @@ class ShardCache:
     def __init__(self, folder: Path, limit: int | None) -> None:
         self.folder, self.limit = folder, limit
 
-    def part_path(self, sha256: str, name: str) -> Path:
+    def part_path(self, shard: Shard) -> Path:
         """Where the stored bytes of a shard are gathered."""
-        return self.folder / f"{sha256[:20]}-{name}.part"
+        return self.folder / f"{shard.sha256[:20]}-{shard.name}.part"
+
+    def key(self, shard: Shard) -> str:
+        """What the names of all its files begin with."""
+        return _key(self.part_path(shard))
 
     @contextlib.contextmanager
-    def part(self, path: Path, ended: Callable[[], bool]) -> Iterator[BinaryIO]:
+    def part(self, shard: Shard, ended: Callable[[], bool]) -> Iterator[BinaryIO]:
         """A shard's part file, open for reading and appending, and this shard ours alone until the end of the block.
 
         Waits while another process works on the same shard, until `ended`.
         """
+        path = self.part_path(shard)
         path.parent.mkdir(parents=True, exist_ok=True)
         while True:
             file = open(path, "a+b", buffering=0)  # noqa: SIM115 - kept open beyond this block
@@ -46,8 +53,9 @@ class ShardCache:
                 raise InterruptedError
             time.sleep(0.05)
         try:
-            for leftover in self.folder.glob(f".{path.name[:20]}-*.tmp"):  # of a process killed while it unpacked
-                leftover.unlink(missing_ok=True)
+            for other in self.folder.glob(".*.tmp"):
+                if _key(other) == _key(path):  # left by a process that was killed while it unpacked
+                    other.unlink(missing_ok=True)
             yield file
         finally:
             file.close()
@@ -57,7 +65,7 @@ class ShardCache:
     ) -> tuple[bool, list[str]]:  # fmt: skip
         """(whether what is reserved fits now, the keys of the shards whose files were removed for it).
 
-        A key is the first 20 digits of a shard's sha256. `reserved` tells what each shard that is worked on will take;
+        A key is what the names of a shard's files begin with. `reserved` tells what each shard that is worked on will take;
         the others go, those worth least first, while they are worth less than `below`.
         """
         gone: list[str] = []
@@ -79,16 +87,16 @@ class ShardCache:
         held: dict[str, tuple[int, float]] = {}
         with contextlib.suppress(FileNotFoundError):
             for entry in os.scandir(self.folder):
-                if m := KEY.match(entry.name):
+                if key := _key(Path(entry.name)):
                     with contextlib.suppress(FileNotFoundError):
                         stat = entry.stat()
-                        size, oldest = held.get(m[1], (0, math.inf))
-                        held[m[1]] = (size + stat.st_size, min(oldest, stat.st_mtime))
+                        size, oldest = held.get(key, (0, math.inf))
+                        held[key] = (size + stat.st_size, min(oldest, stat.st_mtime))
         return held
 
     def _remove(self, key: str) -> None:
         """Remove what there is of a shard, unless another process works on it."""
-        paths = [p for p in self.folder.iterdir() if (m := KEY.match(p.name)) and m[1] == key]
+        paths = [p for p in self.folder.iterdir() if _key(p) == key]
         with contextlib.ExitStack() as stack:
             for path in paths:
                 if path.suffix == ".part":
@@ -97,6 +105,11 @@ class ShardCache:
                             return
             for path in paths:
                 path.unlink(missing_ok=True)
+
+
+def _key(path: Path) -> str | None:
+    m = KEY.match(path.name)
+    return m and m[1]
 
 
 def _lock(file: BinaryIO) -> bool:

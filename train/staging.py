@@ -30,6 +30,7 @@ from train.shard_cache import ShardCache
 FETCHERS = 8  # ranges under way at once
 RANGE_BYTES = 4 << 20
 UNPACKERS = 2  # shards under way at once: while one ends, the next one's bytes come
+REPLACE_AHEAD = 2  # shards ahead of need for which others leave a full cache
 TRIES = 3  # of a shard that arrives damaged
 
 log = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ class Staging:
     def __init__(self, tokens: TokenShards, *, preload: bool, limit: int | None) -> None:
         self.tokens, self.preload = tokens, preload
         self.remote = not fs.is_local(tokens.url) or drive.holds(fs.local_path(tokens.url))
-        self.cache = ShardCache(tokens.copy_path(tokens.shards[0]).parent, limit)
+        self.cache = ShardCache(tokens.cache, limit)
         self.arrays: dict[str, np.ndarray] = {}  # by the name of their shard
         self.failed: dict[str, BaseException] = {}
         self.changed = threading.Condition()
@@ -97,10 +98,12 @@ class Staging:
                 self.failed.pop(shard.name, None)  # ahead of need it failed: perhaps somebody has mended it since
                 self._demanded.append(shard)
                 self.changed.notify_all()
-                while shard.name not in self.arrays:
-                    self._raise_failed([shard.name])
-                    self.changed.wait()
-                self._demanded.remove(shard)
+                try:
+                    while shard.name not in self.arrays:
+                        self._raise_failed([shard.name])
+                        self.changed.wait()
+                finally:
+                    self._demanded.remove(shard)
             return self.arrays[shard.name]
 
     def report(self, event: Callable[..., object]) -> None:
@@ -189,20 +192,22 @@ class Staging:
         """Make room for a shard in the cache; what training waits for, or is about to read, comes in any case."""
         if self.cache.limit is None or not self._kept:
             return True
-        soonest: dict[str, float] = {}
+        soonest: dict[str, int] = {}
         for at, s in enumerate(self._upcoming):
             if not (self.preload and s.name in self.arrays):  # what is in memory is not read from the disk again
-                soonest.setdefault(_key(s), at)
-        at = max(need - len(self._demanded), 0)
+                soonest.setdefault(self.cache.key(s), at)
+        at, never = max(need - len(self._demanded), 0), len(self._upcoming) + 1
         together = [*self._busy.values(), shard, *self._demanded]
         fits, gone = self.cache.make_room(
-            {_key(s): 0 if s.name in self.arrays else self._takes(s) for s in together},
-            worth=lambda key: -soonest.get(key, math.inf),
-            below=-at,
+            {self.cache.key(s): 0 if s.name in self.arrays else self._takes(s) for s in together},
+            worth=lambda key: -soonest.get(key, never),
+            # what is needed later than this one; but far ahead of need only what is needed no more at all: by the time
+            # of need there is something that can better be spared
+            below=-at if at <= REPLACE_AHEAD else -len(self._upcoming),
         )
         if not self.preload:
             for s in self.tokens.shards:
-                if _key(s) in gone:
+                if self.cache.key(s) in gone:
                     self.arrays.pop(s.name, None)
         return fits or at == 0
 
@@ -222,9 +227,9 @@ class Staging:
         """The verified tokens of a shard. What arrived damaged is dropped and fetched again."""
         if not self.remote and (self.preload or not shard.name.endswith(".zst")):
             return self.tokens.load(shard, preload=self.preload)  # read, or mapped, where it lies
-        path = self.cache.part_path(shard.sha256, shard.name)
+        path = self.cache.part_path(shard)
         try:
-            with self.cache.part(path, lambda: self.ended) as part:
+            with self.cache.part(shard, lambda: self.ended) as part:
                 copy = self.tokens.copied(shard)
                 if copy is not None and self.preload:
                     copy = np.array(copy)
@@ -237,10 +242,10 @@ class Staging:
                     except DataError:
                         part.truncate(0)
                         if not tries_left:
-                            path.unlink()
+                            path.unlink(missing_ok=True)
                             raise
                 if not (self.preload and self.remote):  # there it is what a restart reads
-                    path.unlink()
+                    path.unlink(missing_ok=True)
                 return copy
         except OSError as e:
             if e.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -377,7 +382,3 @@ class _Jobs:
                     future.set_result(work())
                 except BaseException as e:  # raised where the bytes are asked for
                     future.set_exception(e)
-
-
-def _key(shard: Shard) -> str:
-    return shard.sha256[:20]
