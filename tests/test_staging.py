@@ -339,7 +339,7 @@ def test_a_signal_while_a_later_shard_comes_saves_and_exits_with_75(many, gcs, t
 
     monkeypatch.setattr(staging, "_fetch", fetch)
     monkeypatch.setattr(staging, "FETCHERS", 1)
-    threading.Timer(3, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
+    threading.Timer(1.5, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
     flags = ("--data", "gs://bucket", *flags, "--out", tmp_path / "out", "--cache", tmp_path / "other")
     assert train(*flags) == 75
     assert 0 < checkpoint.committed(str(tmp_path / "out"))[-1].step < 120
