@@ -3,6 +3,7 @@
 import base64
 import errno
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ REQUEST_S = (
     600.0  # one request in all: 50 MiB at 90 kB/s. gcsfs has no limit of its own: a silent server hangs it for ever
 )
 SLOWEST_BYTES_PER_S = 90_000
+# the thread that runs the drivers does not live on in a forked process, which fsspec 2025.3.0 does not notice: it hangs
+os.register_at_fork(after_in_child=fsspec.asyn.reset_lock)
 
 
 def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
