@@ -11,7 +11,7 @@ import fsspec
 import fsspec.asyn
 
 from store.errors import StoreError
-from store.retry import redact
+from store.retry import aws_code, redact
 
 EXCLUSIVE = ("gs", "gcs", "s3", "s3a", "memory")  # drivers that honour mode="create"; others can swallow it
 PART_BYTES = 50 << 20  # of an upload in parts: gcsfs's and s3fs's own choice, given so that S3's hash can be computed
@@ -122,7 +122,7 @@ def create(url: str, data: bytes) -> bool | None:
     except FileExistsError:
         return call(fs, "cat_file", path) == data
     except OSError as e:
-        answer = getattr(e.__cause__, "response", {}).get("Error", {}).get("Code")  # botocore's
+        answer = aws_code(e)
         if answer == "NotImplemented":
             return None
         if answer != "PreconditionFailed":

