@@ -148,7 +148,7 @@ def test_only_what_the_run_reads_is_brought_and_in_the_order_of_need(many, gcs, 
 
 @pytest.mark.parametrize("loading", ["preload", "memmap"])
 def test_the_first_batch_comes_before_the_last_shard(many, gcs, tmp_path, loading):
-    gcs.bytes_per_s = 30_000  # 59 kB in all
+    gcs.bytes_per_s = 50_000  # 70 kB in all
     with staged(upload(gcs, many), tmp_path / "cache", loading=loading) as (data, batches):
         first = batches.batch_at(0)
         assert data.staging._staged is None
@@ -218,8 +218,7 @@ def test_a_killed_download_goes_on(data, gcs, tmp_path):
     kept, gcs.bytes_per_s = part.stat().st_size, None
     assert staging.RANGE_BYTES <= kept < size
     gcs.served.clear()
-    process = start("train/run.py", *flags, "--out", tmp_path / "out")
-    assert process.wait(120) == 0
+    assert train(*flags, "--out", tmp_path / "out") == 0
     assert gcs.served[shard] == size - kept
     assert not [p for p in part.parent.iterdir() if p.suffix == ".tmp"]
 
@@ -415,6 +414,15 @@ def test_what_cannot_be_had_says_so(many, gcs, tmp_path):
     data.staging.close()
     assert not isinstance(refused.value, DataError)
     assert "\n" not in str(refused.value)
+
+
+def test_a_thread_that_ends_is_told(many, gcs, tmp_path):
+    """Here the cache is a file: nobody waits for ever."""
+    (tmp_path / "shards").write_bytes(b"")
+    url = upload(gcs, many)
+    for limit in ((), ("--cache-limit", "1MB")):
+        message = error_of(train, "--data", url, "--out", tmp_path / "out", *SMALL, "--cache", tmp_path, *limit)
+        assert str(tmp_path / "shards") in message
 
 
 def test_a_limit_of_nothing_is_refused(many, tmp_path):

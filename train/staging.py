@@ -46,6 +46,7 @@ class Staging:
         self.arrays: dict[str, np.ndarray] = {}  # by the name of their shard
         self.failed: dict[str, BaseException] = {}
         self.changed = threading.Condition()
+        self.broken: BaseException | None = None  # what ended a thread
         self.ended = False
         self._upcoming: deque[Shard] = deque()  # training reads the first one now; the others follow in this order
         self._demanded: list[Shard] = []  # what somebody waits for
@@ -131,6 +132,8 @@ class Staging:
     def _raise_failed(self, names: list[str]) -> None:
         if self.ended:
             raise InterruptedError("staging has ended")
+        if self.broken:
+            raise StoreError(f"{self.cache.folder}: the cache of shards cannot be used: {self.broken}") from self.broken
         for name in names:
             if name in self.failed:
                 raise self.failed[name]
@@ -138,7 +141,7 @@ class Staging:
     # ---- the threads ------------------------------------------------------------------------------------------------
 
     def _work(self) -> None:
-        while shard := self._next():
+        while shard := self._next_or_broken():
             array = error = None
             try:
                 array = self._bring(shard)
@@ -170,6 +173,15 @@ class Staging:
         seconds = round(time.monotonic() - self.begin_s, 3)
         self._staged = {"seconds": seconds, "bytes": sum(self._arrived.values())}
         return self._report
+
+    def _next_or_broken(self) -> Shard | None:
+        try:
+            return self._next()
+        except BaseException as e:  # the cache cannot be looked at, say: nobody may wait for a thread that is gone
+            with self.changed:
+                self.broken = e
+                self.changed.notify_all()
+            return None
 
     def _next(self) -> Shard | None:
         """The next shard to work on, as soon as there is one; None at the end."""
