@@ -108,10 +108,16 @@ def find_sources(inputs: Sequence[str], fields: Fields = KNOWN_FIELDS, *, groupe
     return sources
 
 
+def address(url: str) -> str:
+    """Where an input is: a bare name on the Hugging Face hub is a dataset here, where their own URLs mean a model."""
+    if url.startswith("hf://") and url.split("/")[2] not in ("datasets", "buckets", "spaces"):
+        return "hf://datasets/" + url.removeprefix("hf://")
+    return url
+
+
 def _usable_files(url: str) -> list[tuple[str, int]]:
     """(URL, bytes) of the files an input names: any that is named itself, those of known kinds in folders and globs."""
-    if url.startswith("hf://") and url.split("/")[2] not in ("datasets", "buckets", "spaces"):
-        url = "hf://datasets/" + url.removeprefix("hf://")  # there a bare name would be a model
+    url = address(url)
     files = fs.find_files(url)
     if len(files) == 1 and files[0][0].rsplit("/", 1)[-1] == url.rstrip("/").rsplit("/", 1)[-1]:
         return files

@@ -236,7 +236,7 @@ def look_at(urls: list[str]) -> None:
     servers = {tuple(url.split("/")[:3]): url for url in reversed(urls) if not fs.is_local(url)}
     with patience(FIRST_LOOK_S):
         for url in reversed(servers.values()):
-            fs.exists(url)
+            fs.exists(corpus.address(url))
 
 
 def make_executor(settings: Settings, sources: list[corpus.Source], work: Path, versions: dict[str, str]) -> Executor:
