@@ -1,6 +1,6 @@
-"""Our weights under the names and shapes of transformers' GPT2LMHeadModel, and back; transformers is not needed.
+"""Our weights under the names and shapes of transformers' GPT2LMHeadModel, and back, or of its Qwen3ForCausalLM.
 
-GPT-2's Conv1D keeps a linear layer's weight as (in, out), the transpose of nn.Linear's (transformers/pytorch_utils.py).
+transformers is not needed. GPT-2's Conv1D keeps a linear layer's weight as (in, out), the transpose of nn.Linear's (transformers/pytorch_utils.py).
 """
 
 from collections.abc import Mapping
@@ -11,8 +11,22 @@ from torch import Tensor
 
 from gpt.errors import GPTError
 from gpt.model import GPT, GPTConfig
+from gpt.modern import NORM_EPS, ROTARY_BASE
+
+# arch -> (model_type, class) that compute the same logits
+CLASSES = {"gpt2": ("gpt2", "GPT2LMHeadModel"), "modern": ("qwen3", "Qwen3ForCausalLM")}
 
 # Ours -> theirs, inside one block.
+_QWEN3_BLOCK = {
+    "ln_1.weight": "input_layernorm.weight",
+    "attn.qk_norm.q": "self_attn.q_norm.weight",
+    "attn.qk_norm.k": "self_attn.k_norm.weight",
+    "attn.proj.weight": "self_attn.o_proj.weight",
+    "ln_2.weight": "post_attention_layernorm.weight",
+    "mlp.gate.weight": "mlp.gate_proj.weight",
+    "mlp.up.weight": "mlp.up_proj.weight",
+    "mlp.down.weight": "mlp.down_proj.weight",
+}
 _BLOCK = {
     "ln_1": "ln_1",
     "attn.qkv": "attn.c_attn",
@@ -32,13 +46,15 @@ _FIXED: dict[str, tuple[Any, ...]] = {
 
 
 def to_hf(model: GPT) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(keyword arguments for GPT2Config, state dict for GPT2LMHeadModel) that give the same logits.
+    """(keyword arguments for the config, state dict for the model) of CLASSES[arch] that give the same logits.
 
     A bias the model lacks is exported as zeros, a tied head not at all (transformers ties it itself). The tensors are
     contiguous and share no memory with one another, as safetensors asks, but may share the model's. Token ids for
     bos, eos and pad are the tokenizer's matter: add them to the keyword arguments.
     """
     config = model.config
+    if config.modern:
+        return _to_qwen3(model)
     kwargs = {
         "vocab_size": config.vocab_size,
         "n_positions": config.block_size,
@@ -62,6 +78,37 @@ def to_hf(model: GPT) -> tuple[dict[str, Any], dict[str, Tensor]]:
             weight = ours[our_name.removesuffix("bias") + "weight"]
             theirs[their_name] = weight.new_zeros(weight.shape[0])
     return kwargs, theirs
+
+
+def _to_qwen3(model: GPT) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    config = model.config
+    kwargs = {
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.block_size,
+        "hidden_size": config.n_embd,
+        "num_hidden_layers": config.n_layer,
+        "num_attention_heads": config.n_head,
+        "num_key_value_heads": config.n_head,
+        "head_dim": config.head_width,
+        "intermediate_size": config.ff_width,
+        "hidden_act": "silu",
+        "rms_norm_eps": NORM_EPS,
+        "rope_theta": ROTARY_BASE,  # transformers 4 and llama.cpp read this, transformers 5 the next
+        "rope_parameters": {"rope_type": "default", "rope_theta": ROTARY_BASE},
+        "attention_bias": False,
+        "attention_dropout": config.dropout,
+        "tie_word_embeddings": config.tied,
+    }
+    ours = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    theirs = {"model.embed_tokens.weight": ours["wte.weight"], "model.norm.weight": ours["ln_f.weight"]}
+    for i in range(config.n_layer):
+        block, layer = f"blocks.{i}.", f"model.layers.{i}."
+        theirs |= {layer + name: ours[block + our_name] for our_name, name in _QWEN3_BLOCK.items()}
+        for name, part in zip("qkv", ours[block + "attn.qkv.weight"].chunk(3), strict=True):
+            theirs[f"{layer}self_attn.{name}_proj.weight"] = part.clone()  # the three share memory else
+    if not config.tied:
+        theirs["lm_head.weight"] = ours["head.weight"]
+    return kwargs, {name: tensor.contiguous() for name, tensor in theirs.items()}
 
 
 def from_hf(config_kwargs: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> GPT:

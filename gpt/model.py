@@ -1,4 +1,4 @@
-"""A GPT-2 decoder: the config that describes it and the module that computes it."""
+"""A GPT decoder: the config that describes it and the module that computes it."""
 
 import dataclasses
 import math
@@ -11,10 +11,12 @@ from torch.nn import functional as F
 
 from gpt.errors import GPTError
 from gpt.loss import linear_cross_entropy
+from gpt.modern import NORM_EPS, GatedMLP, QKNorm, Rotation, rotate, rotation
 
 if TYPE_CHECKING:
     from gpt.sample import KVCache
 
+ARCHS = ("gpt2", "modern")
 INIT_STD = 0.02
 
 
@@ -22,6 +24,7 @@ INIT_STD = 0.02
 class GPTConfig:
     """The shape of a model; the defaults are GPT-2 small with a 32k vocabulary. Wrong values raise GPTError.
 
+    arch="gpt2": Radford et al. 2019. arch="modern": the parts of gpt/modern.py, which have no biases.
     bias=False removes every bias of linear layers and LayerNorms; qkv_bias=False only that of the attention input.
     """
 
@@ -30,11 +33,12 @@ class GPTConfig:
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
-    n_ff: int | None = None  # width of the MLP; None means 4 * n_embd
+    n_ff: int | None = None  # width of the MLP; None means 4 * n_embd, or a gated one of about as many parameters
     dropout: float = 0.0
     bias: bool = True
     qkv_bias: bool = True
     tied: bool = False  # the head shares the token embedding's weight
+    arch: str = "gpt2"
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "n_ff"):
@@ -53,10 +57,21 @@ class GPTConfig:
             below = self.n_embd // self.n_head * self.n_head
             near = f"{below} or {below + self.n_head}" if below else f"{self.n_head}"
             raise GPTError(f"n_embd={self.n_embd} is no multiple of n_head={self.n_head}: try n_embd={near}")
+        if self.arch not in ARCHS:
+            raise GPTError(f"arch={self.arch!r}: expected {' or '.join(ARCHS)}")
+        if self.modern and self.head_width % 2:
+            raise GPTError(f"heads {self.head_width} wide (n_embd / n_head) cannot be rotated: choose an even width")
+
+    @property
+    def modern(self) -> bool:
+        return self.arch == "modern"
 
     @property
     def ff_width(self) -> int:
-        return 4 * self.n_embd if self.n_ff is None else self.n_ff
+        if self.n_ff is not None:
+            return self.n_ff
+        # three matrices in the place of two: 8/3 of the width, in multiples of 64 as matmul kernels like them
+        return 64 * max(1, round(self.n_embd / 24)) if self.modern else 4 * self.n_embd
 
     @property
     def head_width(self) -> int:
@@ -64,19 +79,25 @@ class GPTConfig:
 
 
 class Attention(nn.Module):
-    """Causal multi-head self-attention."""
+    """Causal multi-head self-attention; in "modern" of normalised and rotated queries and keys."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.n_head, self.head_width, self.dropout = config.n_head, config.head_width, config.dropout
-        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias and config.qkv_bias)
-        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        bias = config.bias and not config.modern
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=bias and config.qkv_bias)
+        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=bias)
+        self.qk_norm = QKNorm(config.head_width) if config.modern else None
         self.residual_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, cache: "KVCache | None" = None, layer: int = 0) -> Tensor:
+    def forward(
+        self, x: Tensor, angles: Rotation | None = None, cache: "KVCache | None" = None, layer: int = 0
+    ) -> Tensor:
         B, T, C = x.shape
         heads = self.qkv(x).view(B, T, 3, self.n_head, self.head_width)  # (B, T, 3C) -> (B, T, 3, H, D)
         q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)  # three of (B, H, T, D)
+        if angles is not None:
+            q, k = rotate(self.qk_norm(heads[:, :, :2]), angles).permute(2, 0, 3, 1, 4).unbind(0)
         if cache is None:
             dropout = self.dropout if self.training else 0.0
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
@@ -105,34 +126,41 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_1 = make_norm(config)
         self.attn = Attention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.mlp = MLP(config)
+        self.ln_2 = make_norm(config)
+        self.mlp = GatedMLP(config) if config.modern else MLP(config)
 
-    def forward(self, x: Tensor, cache: "KVCache | None" = None, layer: int = 0) -> Tensor:
-        x = x + self.attn(self.ln_1(x), cache, layer)
+    def forward(
+        self, x: Tensor, angles: Rotation | None = None, cache: "KVCache | None" = None, layer: int = 0
+    ) -> Tensor:
+        x = x + self.attn(self.ln_1(x), angles, cache, layer)
         return x + self.mlp(self.ln_2(x))
 
 
+def make_norm(config: GPTConfig) -> nn.Module:
+    """LayerNorm, or in "modern" RMSNorm (Zhang & Sennrich, arXiv:1910.07467), over the model's width."""
+    return nn.RMSNorm(config.n_embd, eps=NORM_EPS) if config.modern else nn.LayerNorm(config.n_embd, bias=config.bias)
+
+
 class GPT(nn.Module):
-    """GPT-2 (Radford et al. 2019; the layout of openai/gpt-2 and transformers' GPT2LMHeadModel)."""
+    """GPT-2 (the layout of openai/gpt-2 and transformers' GPT2LMHeadModel), or "modern" (that of Qwen3ForCausalLM)."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.wpe = None if config.modern else nn.Embedding(config.block_size, config.n_embd)
         self.embedding_dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_f = make_norm(config)
         # Tied: no second parameter, so a state dict holds the shared weight once (safetensors refuses aliases).
         self.head = None if config.tied else nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw GPT-2's initial weights from torch's global generator, in one fixed order."""
+        """Draw GPT-2's initial weights from torch's global generator, in one fixed order; the modern head begins at 0."""
         # Each block adds two terms to the residual stream: this keeps its variance at the output independent of depth.
         residual_std = INIT_STD / math.sqrt(2 * self.config.n_layer)
         for name, module in self.named_modules():
@@ -141,8 +169,10 @@ class GPT(nn.Module):
                 module.weight.normal_(0.0, residual_std if residual else INIT_STD)
                 if getattr(module, "bias", None) is not None:
                     module.bias.zero_()
-            elif isinstance(module, nn.LayerNorm):
+            elif isinstance(module, nn.LayerNorm | nn.RMSNorm | QKNorm):
                 module.reset_parameters()
+        if self.config.modern and self.head is not None:
+            self.head.weight.zero_()  # the first gradients then reach it alone: no other weight is moved by noise
 
     @property
     def head_weight(self) -> Tensor:
@@ -172,9 +202,14 @@ class GPT(nn.Module):
             raise GPTError(f"{T} positions exceed block_size={self.config.block_size}: pass fewer ids at a time")
         # (T,), or (B, T) where rows stand at differing positions
         positions = torch.arange(T, device=ids.device) if cache is None else cache.advance(T)
-        x = self.embedding_dropout(self.wte(ids.long()) + self.wpe(positions))  # (B, T, C)
+        x = self.wte(ids.long())  # (B, T, C)
+        if self.wpe is None:
+            angles = rotation(positions, self.config.head_width)
+        else:
+            angles, x = None, x + self.wpe(positions)
+        x = self.embedding_dropout(x)
         for layer, block in enumerate(self.blocks):
-            x = block(x, cache, layer)
+            x = block(x, angles, cache, layer)
         return self.ln_f(x)
 
     def num_params(self) -> int:
@@ -193,7 +228,7 @@ def parameter_table(config: GPTConfig) -> dict[str, int]:
     table = {"wte": 0, "wpe": 0, "attn": 0, "mlp": 0, "norm": 0, "head": 0}
     for name, p in model.named_parameters():
         parts = name.split(".")
-        part = parts[2] if parts[0] == "blocks" else parts[0]
+        part = parts[2] if parts[0] == "blocks" else parts[0]  # QK-norm's few gains count as attention
         table["norm" if part.startswith("ln_") else part] += p.numel()
     return table
 

@@ -97,8 +97,9 @@ def write_hf(folder: Path, model: GPT, tokenizer: Tokenizer, record: dict[str, A
         "eos_token_id": tokenizer.end_of_turn,
         "pad_token_id": tokenizer.end_of_text,
     }
+    model_type, architecture = hf.CLASSES[model.config.arch]
     write_json(folder / "config.json", {
-        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", **kwargs, **ids, "torch_dtype": "float32",
+        "architectures": [architecture], "model_type": model_type, **kwargs, **ids, "torch_dtype": "float32",
     })  # fmt: skip
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "tokenizer.json").write_text(tokenizer.json_text, "utf-8")

@@ -46,13 +46,16 @@ class TrainConfig:
         "auto",
         "preset: tiny small medium large xlarge gpt2_small gpt2_medium; auto: gpt2_small on a GPU, small elsewhere",
     )
+    arch: Literal["gpt2", "modern"] = flag(
+        "gpt2", "gpt2, or modern: rotary positions, RMSNorm, QK-norm, SwiGLU, no biases (transformers' Qwen3)"
+    )
     n_layer: int | None = flag(None, "layers, instead of the preset's")
     n_head: int | None = flag(None, "attention heads, instead of the preset's")
     n_embd: int | None = flag(None, "width, instead of the preset's")
-    n_ff: int | None = flag(None, "width inside the MLP (default: 4 x width)")
+    n_ff: int | None = flag(None, "width inside the MLP (default: 4 x width; modern: 8/3)")
     block_size: int = flag(512, "context length in tokens")
     dropout: float = flag(0.0, "dropout probability")
-    bias: bool = flag(True, "biases in linear layers and LayerNorms")
+    bias: bool = flag(True, "biases in linear layers and LayerNorms; modern has none")
     qkv_bias: bool = flag(True, "biases of the query, key and value projections")
     tied: bool = flag(False, "output head shares the embedding's weights")
 
@@ -62,12 +65,15 @@ class TrainConfig:
     batch: int | None = flag(None, "sequences per optimizer step, over all micro-batches (default: by model)")
     micro_batch: int | None = flag(None, "sequences per forward pass (default: what should fit the memory)")
 
+    optimizer: Literal["adamw", "muon"] = flag(
+        "adamw", "muon: for the matrices inside the blocks, with AdamW for the rest (torch 2.9 or later)"
+    )
     lr: float | None = flag(None, "peak learning rate (default: by model)")
     schedule: Literal["cosine", "linear", "constant", "wsd"] = flag("cosine", "learning rate after the warm-up")
     warmup: int | None = flag(None, "warm-up steps (default: 2 percent of the run, at most 2000)")
     lr_floor: float = flag(0.1, "final learning rate as a share of the peak")
     decay_fraction: float = flag(0.2, "share of the run in which wsd decays")
-    weight_decay: float = flag(0.1, "AdamW weight decay, on matrices only")
+    weight_decay: float = flag(0.1, "weight decay, on matrices only")
     beta1: float = flag(0.9, "AdamW beta1")
     beta2: float = flag(0.95, "AdamW beta2")
     clip: float = flag(1.0, "largest gradient norm; 0: no clipping")
@@ -215,7 +221,7 @@ def with_recipe(config: TrainConfig, device_type: str) -> TrainConfig:
 def model_config(config: TrainConfig, vocab_size: int) -> GPTConfig:
     """The model's shape. Raises GPTError for an unknown preset or an impossible shape."""
     shape = {k: getattr(config, k) for k in ("n_layer", "n_head", "n_embd", "n_ff") if getattr(config, k) is not None}
-    shared = {k: getattr(config, k) for k in ("block_size", "dropout", "bias", "qkv_bias", "tied")}
+    shared = {k: getattr(config, k) for k in ("arch", "block_size", "dropout", "bias", "qkv_bias", "tied")}
     return preset(config.model, vocab_size=vocab_size, **shape, **shared)
 
 

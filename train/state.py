@@ -14,10 +14,8 @@ from train.config import TrainConfig, stored_form
 from train.data import Data
 from train.elastic import machine_record
 from train.guard import Guard, first_nonfinite
-from train.optim import load_optimizer_tensors, make_adamw, optimizer_tensors
+from train.optim import Optimizer, load_optimizer_tensors, make_optimizer, optimizer_tensors
 from train.precision import Machine
-
-MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # what AdamW keeps for each parameter
 
 
 @dataclass
@@ -25,7 +23,7 @@ class State:
     """All that changes while training: what a checkpoint holds."""
 
     model: GPT
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizer
     scaler: torch.amp.GradScaler
     guard: Guard
     step: int = 0  # optimizer steps done
@@ -39,7 +37,9 @@ def checkpoint_fits(found: checkpoint.Checkpoint, shape: GPTConfig) -> None:
     weights = found.tensors["model.safetensors"]
     blocks = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
     sizes = {name: tuple(weights[name].shape) for name in ("wte.weight", "wpe.weight") if name in weights}
-    expected = {"wte.weight": (shape.vocab_size, shape.n_embd), "wpe.weight": (shape.block_size, shape.n_embd)}
+    expected = {"wte.weight": (shape.vocab_size, shape.n_embd)}
+    if not shape.modern:
+        expected["wpe.weight"] = (shape.block_size, shape.n_embd)
     if blocks != shape.n_layer or sizes != expected:
         raise DataError(f"{found.manifest.name}: its weights are not those of the model its settings describe: "
                         "restore an older checkpoint, or give another --out")  # fmt: skip
@@ -48,8 +48,8 @@ def checkpoint_fits(found: checkpoint.Checkpoint, shape: GPTConfig) -> None:
 def new_state(config: TrainConfig, shape: GPTConfig, machine: Machine) -> State:
     """Fresh weights, the same on every machine for one seed: they are drawn on the CPU."""
     model = GPT(shape).to(machine.device)
-    optimizer = make_adamw(
-        model, lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay,
+    optimizer = make_optimizer(
+        config.optimizer, model, lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay,
         device_type=machine.device.type,
     )  # fmt: skip
     return State(model, optimizer, machine.grad_scaler(), Guard(config.max_skipped))
@@ -86,9 +86,7 @@ def restore(state: State, found: checkpoint.Checkpoint, machine: Machine) -> Non
     weights, moments = found.tensors["model.safetensors"], found.tensors["optimizer.safetensors"]
     same_tensors(weights, state.model.state_dict(), "model.safetensors")
     # hashes prove that the bytes are the writer's, not that the writer was kind: a wrong shape would crash in native code
-    named = list(state.model.named_parameters())
-    expected = {f"{n}/{k}": p if k != "step" else torch.zeros(()) for n, p in named for k in MOMENTS}
-    same_tensors(moments, expected, "optimizer.safetensors")
+    same_tensors(moments, optimizer_tensors(state.model, state.optimizer), "optimizer.safetensors")
     if wrong := first_nonfinite(weights) or first_nonfinite(moments):
         raise DataError(f"{found.manifest.name}: {wrong} holds what is not a number: restore an older checkpoint, or give "
                         "another --out")  # fmt: skip

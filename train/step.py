@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from train.optim import step_unless
+from train.optim import Optimizer, step_unless
 from train.precision import Machine
 
 
@@ -21,7 +21,7 @@ def to_device(ids: np.ndarray, machine: Machine) -> Tensor:
 
 
 def train_step(
-    model: nn.Module, forward: Callable[[Tensor, Tensor], Tensor], optimizer: torch.optim.Optimizer,
+    model: nn.Module, forward: Callable[[Tensor, Tensor], Tensor], optimizer: Optimizer,
     scaler: torch.amp.GradScaler, ids: Tensor, *, micro_batch: int, lr: float, clip: float, machine: Machine,
     stop: Callable[[], bool],
 ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
