@@ -323,7 +323,7 @@ def staged(path: Path, *, durable: bool = True) -> Iterator[Path]:
     Without `durable` there is no fsync: for what is proved by its hash when it is read, and can be made again.
     """
     drive.require_mounted(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = _temporary(path)
     try:
         yield temporary
@@ -342,14 +342,29 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
+def make_folder(path: Path) -> None:
+    """A folder and those above it, each as sure to survive a power cut as what will be put into it."""
+    new = [p for p in (path, *path.parents) if not p.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for p in new:
+        _fsync_folder(p.parent)
+
+
 def _fsync_folder(path: Path) -> None:
-    # the rename itself must survive a power cut; some mounts (Drive) refuse to open a folder, and have no such promise
-    with contextlib.suppress(OSError):
+    """Make sure of what was renamed, linked or made in there, wherever folders can be synced."""
+    if drive.holds(path):  # the cloud keeps another order of its own: there is nothing to ask for
+        return
+    try:
         fd = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+    except OSError:  # some mounts do not open a folder
+        return
+    try:
+        os.fsync(fd)
+    except OSError as e:
+        if e.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF):  # how mounts say that they cannot
+            raise
+    finally:
+        os.close(fd)
 
 
 def put_bytes(url: str, data: bytes) -> None:
@@ -430,7 +445,7 @@ def create(url: str, data: bytes) -> bool:
 
 def _link(path: Path, data: bytes) -> bool | None:
     """`create` on a disk; None where there are no hard links: exFAT, Drive, some mounts."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = _temporary(path)
     try:
         with open(temporary, "wb") as f:
@@ -453,16 +468,23 @@ def _link(path: Path, data: bytes) -> bool | None:
 
 def move_file(url: str, source: Path) -> None:
     """Publish a finished local file under the name and give up the source: a rename where both are on one disk."""
-    if is_local(url):
+
+    def rename() -> bool:
+        target = _place(url)
+        make_folder(target.parent)
+        with open(source, "rb+") as f:
+            os.fsync(f.fileno())
         try:
-            target = _place(url)
-            target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(source, target)
-            _fsync_folder(target.parent)
-            return
         except OSError as e:
             if e.errno != errno.EXDEV:
                 raise
+            return False
+        return True
+
+    if is_local(url) and attempt(url, "write", rename):
+        attempt(url, "write", lambda: _fsync_folder(local_path(url).parent))
+        return
     put_file(url, source)
     source.unlink()
 
@@ -489,6 +511,8 @@ def delete_folder(url: str, *, first: str | None = None) -> None:
     names = [e.name for e in list_folder(url)]
     for name in sorted(names, key=lambda n: n != first):
         delete(join(url, name))
+        if name == first and is_local(url):
+            attempt(url, "delete", lambda: _fsync_folder(local_path(url)))  # a power cut must not change the order
     if is_local(url):
         with contextlib.suppress(OSError):
             local_path(url).rmdir()
@@ -506,7 +530,7 @@ def move_folder(source: str, target: str) -> None:
 
     def work() -> None:
         if is_local(source):
-            _place(target).parent.mkdir(parents=True, exist_ok=True)
+            make_folder(_place(target).parent)
             os.rename(local_path(source), local_path(target))
             return
         fs, old = filesystem(source)

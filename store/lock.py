@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from store.errors import StoreError
+from store.fs import make_folder
 from store.retry import attempt
 
 _held: list[BinaryIO] = []
@@ -20,7 +21,7 @@ def hold(path: Path, *, shared: bool = False) -> str:
     """
 
     def work() -> BinaryIO:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         return open(path, "ab+")  # NFS gives a shared lock only to who may read
 
     lock = attempt(str(path), "write", work)

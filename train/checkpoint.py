@@ -191,10 +191,10 @@ def _write_part(path: Path, write: Callable[[_HashingFile], object]) -> dict[str
 def _check_room(out: Path, n_bytes: int) -> None:
     """Raise StoreError at once where a save cannot fit, instead of filling the disk with a part of it."""
     with contextlib.suppress(OSError):  # a mount that does not tell
-        out.mkdir(parents=True, exist_ok=True)
+        fs.make_folder(out)
         free = shutil.disk_usage(out).free
         if free < n_bytes:
-            raise StoreError(f"{out}: no space left: {free >> 20} MiB free, a checkpoint takes {n_bytes >> 20}")
+            raise StoreError(f"{out}: no space left: {free >> 20} MiB free, a checkpoint takes {n_bytes >> 20} MiB")
 
 
 def _manifest_hash(fields: dict[str, Any]) -> str:
