@@ -37,16 +37,23 @@ def gcs(monkeypatch):
         yield server
 
 
-@pytest.fixture
-def s3(monkeypatch):
-    """An empty S3 on loopback that answers s3:// URLs of this process."""
+@pytest.fixture(scope="session")
+def s3_server():
+    """One for all tests: a client of botocore's takes 0.2 s to make, and is kept by the address of its server."""
     s3fs = pytest.importorskip("s3fs")
-    with FakeS3() as server:
-        for name, value in server.env.items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)  # its own five, with pauses, hide ours
-        s3fs.S3FileSystem.clear_instance_cache()  # those know the address of another server
+    with FakeS3() as server, pytest.MonkeyPatch.context() as m:
+        m.setattr(s3fs.S3FileSystem, "retries", 1)  # its own five, with pauses, hide ours
+        m.setattr(s3fs.S3FileSystem, "read_timeout", 0.5)  # of 15 s
         yield server
+
+
+@pytest.fixture
+def s3(s3_server, monkeypatch):
+    """An empty S3 on loopback that answers s3:// URLs of this process."""
+    for name, value in s3_server.env.items():
+        monkeypatch.setenv(name, value)
+    s3_server.empty()
+    return s3_server
 
 
 @pytest.fixture(scope="session")

@@ -39,6 +39,12 @@ class FakeS3(FaultyServer):
             "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true", "AWS_MAX_ATTEMPTS": "1",
         }  # fmt: skip
 
+    def empty(self) -> None:
+        """As a new one."""
+        for field_ in (self.seen, self.faults, self.hidden, self.deleted, self.sessions, self.etags):
+            field_.clear()
+        self.objects, self.down_until = {}, 0.0
+
     async def kind_of(self, request: web.Request, body: bytes) -> tuple[str, str, bytes]:
         """As the REST API tells them apart."""
         name, query = unquote(request.raw_path.split("?")[0]).strip("/"), request.query

@@ -44,10 +44,8 @@ class Recorded(dict):
 @pytest.fixture(autouse=True)
 def _in_a_hurry(monkeypatch):
     """All waits a hundredth of what they are."""
-    s3fs = pytest.importorskip("s3fs")
     for name, value in {"CONNECT_S": 1.0, "SILENCE_S": 0.25, "PIECE_BYTES": 4 << 20}.items():
         monkeypatch.setattr(remote, name, value)
-    monkeypatch.setattr(s3fs.S3FileSystem, "read_timeout", 0.25)
     monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.01)
     monkeypatch.setattr(retry, "LONGEST_WAIT_S", 0.05)
     monkeypatch.setattr(retry, "RETRY_FOR_S", 10.0)
@@ -67,7 +65,8 @@ def server(request, monkeypatch):
 @pytest.fixture
 def moto(monkeypatch):
     """moto's own S3 server, a proxy with faults before it, and a bucket in it."""
-    s3fs, program = pytest.importorskip("s3fs"), shutil.which("moto_server")
+    s3fs = pytest.importorskip("s3fs")
+    program = shutil.which("moto_server")
     if program is None:
         pytest.skip("moto_server is not on the PATH")
     with socket.socket() as s:
@@ -85,10 +84,11 @@ def moto(monkeypatch):
         with S3Proxy(upstream=upstream) as server:
             for name, value in server.env.items():
                 monkeypatch.setenv(name, value)
-            s3fs.S3FileSystem.clear_instance_cache()
+            s3fs.S3FileSystem.clear_instance_cache()  # those know the other server's address
             server.kind, server.part_bytes = "s3", 5 << 20  # the least that moto takes, as the real S3
             monkeypatch.setattr(remote, "PART_BYTES", server.part_bytes)
             yield server
+        s3fs.S3FileSystem.clear_instance_cache()
     finally:
         process.kill()
         process.wait()
@@ -190,9 +190,13 @@ def test_patience_ends_in_one_line(server, monkeypatch, tmp_path):
     assert stored(server, "x") == b"old"
 
 
-def test_a_hash_that_cannot_be_compared_is_replaced_by_reading(s3):
+def test_a_hash_that_cannot_be_compared_is_replaced_by_reading(s3, monkeypatch):
     """An encrypted S3 object has an ETag that is no md5: its bytes are read back, and changed ones are still noticed."""
-    s3._store = lambda name, data, etag: (s3.objects.__setitem__(name, data), s3.etags.__setitem__(name, "0" * 32))
+
+    def store_encrypted(name: str, data: bytes, etag: str) -> None:
+        s3.objects[name], s3.etags[name] = data, "0" * 32
+
+    monkeypatch.setattr(s3, "_store", store_encrypted)
     s3.fail("upload", "flip")
     fs.put_bytes("s3://bucket/x", b"0123456789")
     assert s3.objects["bucket/x"] == b"0123456789"
