@@ -21,8 +21,8 @@ from store.errors import DataError
 AUTO = "auto"
 
 
-def steps_or_auto(text: str) -> int | str:
-    """`auto`, or a number of steps. Raises ValueError."""
+def number_or_auto(text: str) -> int | str:
+    """`auto`, or a whole number. Raises ValueError."""
     return AUTO if text == AUTO else number(text)
 
 
@@ -63,7 +63,15 @@ class TrainConfig:
     epochs: float | None = flag(None, "run length in passes over the data (default: 1)")
     tokens: int | None = flag(None, "run length in tokens: 2.5G")
     batch: int | None = flag(None, "sequences per optimizer step, over all micro-batches (default: by model)")
-    micro_batch: int | None = flag(None, "sequences per forward pass (default: what should fit the memory)")
+    micro_batch: int | str = flag(
+        AUTO,
+        "sequences per forward pass; auto: the most that fit; halved when memory ends, for the same result",
+        parse=number_or_auto,
+    )
+    checkpoint_activations: Literal["auto", "on", "off"] = flag(
+        AUTO,
+        "recompute activations in the backward pass: less memory, a third more work; auto: only if nothing else fits",
+    )
 
     optimizer: Literal["adamw", "muon"] = flag(
         "adamw", "muon: for the matrices inside the blocks, with AdamW for the rest (torch 2.9 or later)"
@@ -103,7 +111,7 @@ class TrainConfig:
     save_every: int | str = flag(
         0,
         "steps between checkpoints; 0: by time only; auto: as often as pays, from what a save costs and --preemption-minutes",
-        parse=steps_or_auto,
+        parse=number_or_auto,
     )
     save_every_minutes: float = flag(5.0, "minutes between checkpoints; 0: by steps only")
     preemption_minutes: float = flag(60.0, "mean time between preemptions, for --save-every auto")
@@ -134,6 +142,7 @@ FORGOTTEN = (
     "out",
     "resume",
     "micro_batch",
+    "checkpoint_activations",
     "device",
     "precision",
     "compile",

@@ -127,13 +127,14 @@ def describe(
     millions = {name: n / 1e6 for name, n in count_params(shape).items()}
     n_train, n_val = sum(data.train.lengths), sum(data.val.lengths)
     tokens = total * config.batch * config.block_size
+    recomputed = ", activations recomputed (--checkpoint-activations)" if config.checkpoint_activations == "on" else ""
     print(f"model      {config.model}{' (modern)' if shape.modern else ''}: {shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd} wide, "
           f"{millions[mine]:.1f} M parameters ({mine}; {other} {millions[other]:.1f} M)")  # fmt: skip
     print(
         f"data       {fs.redact(config.data)}: {n_train:,} train and {n_val:,} val tokens, vocabulary {shape.vocab_size}"
     )
     print(f"run        {total} steps of {config.batch} x {config.block_size} tokens = {count(tokens)} tokens, "
-          f"{tokens / n_train:.2f} epochs; micro-batch {config.micro_batch}; {config.optimizer}, peak lr {config.lr:g}, {config.schedule}")  # fmt: skip
+          f"{tokens / n_train:.2f} epochs; micro-batch {config.micro_batch}{recomputed}; {config.optimizer}, peak lr {config.lr:g}, {config.schedule}")  # fmt: skip
     print(f"machine    {machine.name}, {machine.precision}, torch {torch.__version__}, compile "
           f"{'on' if machine.compile else 'off'}, {torch.get_num_threads()} threads")  # fmt: skip
     begin = f"goes on from step {state.step}" if state.step else "starts"

@@ -1,4 +1,4 @@
-"""What the machine can do: device, number format, compilation, peak speed, sequences at once."""
+"""What the machine can do: device, number format, compilation, peak speed."""
 
 import contextlib
 import importlib.util
@@ -11,17 +11,12 @@ import torch
 from torch import Tensor
 
 from cli.errors import UserError
-from gpt.model import GPTConfig, count_params
-from train.config import TrainConfig
 
 # dense bf16/fp16 tensor-core peaks in FLOP/s, from the vendors' data sheets, by a part of the device name
 PEAK_FLOPS = {
     "H200": 989e12, "H100": 989e12, "GH200": 989e12, "A100": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A10G": 125e12,
     "A10": 125e12, "V100": 125e12, "T4": 65e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "RTX 6000 Ada": 364e12,
 }  # fmt: skip
-
-
-MOST_TOKENS = 1 << 16  # in one micro-batch by default: GPUs are full well before
 
 
 @dataclass(frozen=True)
@@ -126,19 +121,3 @@ def choose_machine(device: str, precision: str, compile: str) -> Machine:
     if compile == "auto" and can_compile:
         torch._dynamo.config.suppress_errors = True  # what cannot be compiled here runs as it is
     return Machine(chosen, dtype, compile == "on" or (compile == "auto" and can_compile))
-
-
-def choose_micro_batch(config: TrainConfig, shape: GPTConfig, machine: Machine) -> int:
-    """Sequences per forward pass: as told, else what an estimate of activation memory allows, at most the batch."""
-    if config.micro_batch:
-        return min(config.micro_batch, config.batch)
-    if machine.device.type == "cuda":
-        params = count_params(shape)["tied" if shape.tied else "untied"]
-        free = torch.cuda.get_device_properties(machine.device).total_memory * 0.8 - 18 * params
-        # Megatron's 34 bytes per token, layer and width (Korthikanti et al. 2022, attention fused), and the head's chunk
-        per_token = 34 * shape.n_layer * shape.n_embd + 8 * shape.n_embd
-        fits = int(free / (per_token * shape.block_size))
-    else:
-        fits = 8192 // shape.block_size  # beyond this a CPU only loses cache
-    fits = max(1, min(fits, config.batch, MOST_TOKENS // shape.block_size))
-    return next(m for m in range(fits, 0, -1) if config.batch % m == 0)

@@ -37,7 +37,8 @@ from train.elastic import machine_record, moved
 from train.exits import DIVERGED, FENCED, FINISHED, MEANINGS, STOPPED, UNSAVED
 from train.folder import RunFolder
 from train.log import TrainLog, describe, show_samples, summarize
-from train.precision import Machine, choose_machine, choose_micro_batch
+from train.micro_batch import MicroBatch, is_out_of_memory
+from train.precision import Machine, choose_machine
 from train.preempt import StopSignal
 from train.saver import Saver, Unsaved
 from train.schedule import learning_rate
@@ -57,8 +58,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         gce.watch(stop.ask)
         return start(config, given, folder, stop)
-    except BaseException:  # a library that is interrupted may raise another exception in the place of ours
+    except BaseException as e:  # a library that is interrupted may raise another exception in the place of ours
         if not stop.interrupted:
+            if is_out_of_memory(e):  # not in a step: those are tried again with less
+                raise UserError(
+                    "out of memory before the first step: give a smaller --model, or a device with more"
+                ) from e
             raise
         stop.record("stopped", signal=stop.name)
         print(f"stopped by {stop.name} with nothing new to save; the same command with --resume goes on")
@@ -100,7 +105,6 @@ def start(config: TrainConfig, given: frozenset[str], folder: RunFolder, stop: S
     total = settings.total_steps(config, batches.windows_per_epoch)
     config = dataclasses.replace(
         config,
-        micro_batch=choose_micro_batch(config, shape, machine),
         warmup=settings.warmup_steps(config, total),  # kept with the run: a longer one must not warm up again
     )
     if found:
@@ -111,7 +115,12 @@ def start(config: TrainConfig, given: frozenset[str], folder: RunFolder, stop: S
     state = new_state(config, shape, machine)
     if found:
         restore(state, found, machine)
-        here = machine_record(machine, config.micro_batch)
+    micro = MicroBatch(config, state, machine, folder)
+    config = dataclasses.replace(
+        config, micro_batch=micro.size, checkpoint_activations="on" if state.model.recompute else "off"
+    )
+    if found:
+        here = machine_record(machine, micro.size)
         if line := moved(found.state.get("machine", {}), here, dropout=config.dropout > 0):
             print(f"machine    {line}")
     began_s = time.monotonic()
@@ -139,22 +148,18 @@ def start(config: TrainConfig, given: frozenset[str], folder: RunFolder, stop: S
                 f"finished already: step {state.step} of {total}; give a larger --steps, --epochs or --tokens to go on"
             )
             return FINISHED
-        return train(config, state, data, batches, folder, saver, machine, total, stop)
+        return train(config, state, micro, data, batches, folder, saver, machine, total, stop)
     except (Unsaved, Fenced) as e:
         folder.event("fenced" if isinstance(e, Fenced) else "unsaved", step=state.step)
         print(f"error: {e}", file=sys.stderr)
         return FENCED if isinstance(e, Fenced) else UNSAVED
-    except torch.OutOfMemoryError as e:
-        smaller = max(1, config.micro_batch // 2)
-        raise UserError(f"out of GPU memory with --micro-batch {config.micro_batch}: run the same command with "
-                        f"--micro-batch {smaller} (the batch stays {config.batch}, so the result does too)") from e  # fmt: skip
     finally:
         data.staging.close()
 
 
 def train(
-    config: TrainConfig, state: State, data: Data, batches: Batches, folder: RunFolder, saver: Saver, machine: Machine,
-    total: int, stop: StopSignal,
+    config: TrainConfig, state: State, micro: MicroBatch, data: Data, batches: Batches, folder: RunFolder, saver: Saver,
+    machine: Machine, total: int, stop: StopSignal,
 ) -> int:  # fmt: skip
     """The loop: one pass of it is one optimizer step."""
     model = state.model
@@ -170,7 +175,7 @@ def train(
         steps_per_epoch=batches.windows_per_epoch / config.batch,
     )  # fmt: skip
 
-    missing: StoreError | None = None
+    missing: StoreError | UserError | None = None
 
     def feed() -> Iterator[np.ndarray]:
         """Batches, until they end or a shard cannot be had: then what was learnt is saved before that is told."""
@@ -182,14 +187,13 @@ def train(
 
     def save() -> None:
         state.elapsed_s = log.elapsed_s
-        saver.begin(state.step, state_tensors(state, machine), state_record(config, state, data, machine))
+        here = machine_record(machine, micro.size)
+        saver.begin(state.step, state_tensors(state, machine), state_record(config, state, data, here))
 
     def validate() -> float | None:
         with log.pause("evaluated", step=state.step):
-            loss = stop.unless_stopped(
-                lambda: validation_loss(model, windows, micro_batch=config.micro_batch, machine=machine, stop=stop)
-            )
-        state.val_due = loss is None and stop()
+            loss = stop.unless_stopped(lambda: micro.run(validation_loss, model, windows, machine=machine, stop=stop))
+        state.val_due = loss is None and (stop() or micro.fault is not None)
         if loss is not None and not math.isfinite(loss):
             folder.warn(f"the validation loss at step {state.step} is not a number")
             loss = None
@@ -205,9 +209,9 @@ def train(
         folder.lease.renew(step=state.step)
         ids = to_device(host_ids, machine)  # (batch, block + 1)
         lr, begin_s = rate(config, state.step, total), time.monotonic()
-        loss, norm = train_step(
-            model, forward, state.optimizer, state.scaler, ids,
-            micro_batch=config.micro_batch, lr=lr, clip=config.clip, machine=machine, stop=stop,
+        loss, norm = micro.run(
+            train_step, model, forward, state.optimizer, state.scaler, ids,
+            lr=lr, clip=config.clip, machine=machine, stop=stop,
         ) or (None, None)  # fmt: skip
         if loss is None:
             break
@@ -248,11 +252,11 @@ def train(
         saver.wait()
         folder.event("diverged", step=state.step)
         print(f"error: {state.guard.fault}; the newest checkpoint is {saver.newest()}", file=sys.stderr)
-        for line in diagnose(state, ids, micro_batch=config.micro_batch, machine=machine):
+        for line in diagnose(state, ids, micro_batch=micro.size, machine=machine):
             print(f"  {line}", file=sys.stderr)
         print(f"  start a new run with a lower --lr than {config.lr:g}", file=sys.stderr)
         return DIVERGED
-    if missing and not stop():
+    if (missing := missing or micro.fault) and not stop():
         saver.wait()
         if state.step > saver.begun_step:
             save()

@@ -12,7 +12,6 @@ from store.errors import DataError
 from train import checkpoint
 from train.config import TrainConfig, stored_form
 from train.data import Data
-from train.elastic import machine_record
 from train.guard import Guard, first_nonfinite
 from train.optim import Optimizer, load_optimizer_tensors, make_optimizer, optimizer_tensors
 from train.precision import Machine
@@ -64,8 +63,8 @@ def state_tensors(state: State, machine: Machine) -> dict[str, dict[str, Tensor]
     }
 
 
-def state_record(config: TrainConfig, state: State, data: Data, machine: Machine) -> dict[str, Any]:
-    """What state.json holds."""
+def state_record(config: TrainConfig, state: State, data: Data, machine: dict[str, Any]) -> dict[str, Any]:
+    """What state.json holds; `machine` is a machine_record."""
     return {
         "step": state.step,
         "tokens": state.step * config.batch * config.block_size,
@@ -77,7 +76,7 @@ def state_record(config: TrainConfig, state: State, data: Data, machine: Machine
         "config": stored_form(config),
         "model": asdict(state.model.config),
         "data": {"fingerprint": data.tokens.fingerprint, "vocab_size": data.tokens.vocab_size},
-        "machine": machine_record(machine, config.micro_batch),
+        "machine": machine,
     }
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cli.errors import UserError
 from train.optim import Optimizer, step_unless
 from train.precision import Machine
 
@@ -48,7 +49,11 @@ def train_step(
         loss += part_loss.detach()
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip if clip > 0 else float("inf"))
-    step_unless(optimizer, ~(loss.isfinite() & norm.isfinite()))  # not scaler.step: it looks at gradients alone
+    try:
+        step_unless(optimizer, ~(loss.isfinite() & norm.isfinite()))  # not scaler.step: it looks at gradients alone
+    except torch.OutOfMemoryError as e:  # some weights may have moved: this step cannot be done again
+        raise UserError("out of memory in the optimizer's step, which no smaller micro-batch helps: run the same command "
+                        "with --resume, with a smaller --model or a device with more memory") from e  # fmt: skip
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return loss, norm

@@ -1,0 +1,203 @@
+"""How many sequences go through the model at once: as many as fit, and fewer once they did not.
+
+The batch of an optimizer step stays what it was: gradients add up over more and smaller micro-batches, so the losses are
+the same to rounding. On CUDA the largest size is found by trying real steps and kept in this machine's cache.
+"""
+
+import contextlib
+import gc
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from cli.errors import UserError
+from gpt.model import GPTConfig
+from store import fs
+from store.errors import StoreError
+from store.shards import default_cache
+from train.config import AUTO, TrainConfig
+from train.folder import RunFolder
+from train.optim import step_unless
+from train.precision import Machine
+from train.state import State
+
+T = TypeVar("T")
+
+MOST_TOKENS = 1 << 16  # at once, unless told otherwise: GPUs are full well before
+CPU_TOKENS = 8192  # beyond this a CPU only loses cache
+SPARE = 0.03  # of a GPU's memory, held while sizes are tried: for fragmentation, and for samples
+# in what CUDA, MPS, the CPU's allocator, cuBLAS and cuDNN raise
+WORDS = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+
+
+def can_try(machine: Machine) -> bool:
+    """Whether memory that is not there is refused. A CPU's is swapped, or the process is killed."""
+    return machine.device.type == "cuda"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for what a device raises when its memory does not suffice."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in WORDS)
+    )
+
+
+class MicroBatch:
+    """The size in use. `run` makes it smaller, and as a last resort has activations recomputed, when memory ends."""
+
+    def __init__(self, config: TrainConfig, state: State, machine: Machine, folder: RunFolder) -> None:
+        self.state, self.machine, self.folder, self.batch = state, machine, folder, config.batch
+        self.fault: UserError | None = None  # memory ended, and nothing is left to be made smaller
+        self.may_recompute = config.checkpoint_activations == AUTO
+        state.model.recompute = config.checkpoint_activations == "on"
+        self.note = _note_path(config, state.model.config, machine)
+        if config.micro_batch != AUTO:
+            self.size = min(config.micro_batch, config.batch)
+        elif can_try(machine):
+            self.size = self._remembered() or self._tried(MOST_TOKENS // config.block_size)
+            self._remember()
+        else:
+            self.size = largest_divisor(config.batch, CPU_TOKENS // config.block_size)
+
+    def run(self, action: Callable[..., T], *args: Any, **options: Any) -> T | None:
+        """action(*args, **options, micro_batch=size). Where memory ends in it, the same again with a smaller size, from the
+        same random state; None, and `fault` says why, when nothing is left to be made smaller.
+
+        `action` may change nothing but gradients and random state before it has all the memory it needs.
+        """
+        while True:
+            before = self.machine.rng_tensors()
+            try:
+                return action(*args, **options, micro_batch=self.size)
+            except Exception as e:
+                if not is_out_of_memory(e):
+                    raise
+            # here the error is gone, and with it the frames it came through, which held every tensor of that try
+            self._forget_try(before)
+            was = self._words()
+            if not self._make_smaller():
+                self.fault = self._no_room()
+                return None
+            self.folder.warn(f"out of memory with {was}: goes on with {self._words()} from the same step")
+            self.folder.event("out_of_memory", step=self.state.step, micro_batch=self.size,
+                              recompute=self.state.model.recompute)  # fmt: skip
+
+    def _make_smaller(self) -> bool:
+        if self.size > 1:
+            self.size = largest_divisor(self.batch, self.size // 2)
+        elif self.may_recompute and not self.state.model.recompute:
+            self.state.model.recompute = True
+        else:
+            return False
+        if self.machine.compile:
+            # a second size would be compiled for sizes of every kind, which is slower: compile for this one alone
+            torch.compiler.reset()
+        self._remember()
+        return True
+
+    def _words(self) -> str:
+        return f"micro-batch {self.size}" + (" and activations recomputed" if self.state.model.recompute else "")
+
+    def _no_room(self) -> UserError:
+        instead = "--checkpoint-activations on, " if not self.state.model.recompute else ""
+        return UserError(f"out of memory on {self.machine.name} with micro-batch 1"
+                         f"{'' if instead else ' and activations recomputed'}: give {instead}a smaller --model or --block-size, "
+                         "or a device with more memory")  # fmt: skip
+
+    # ---- trying -----------------------------------------------------------------------------------------------------
+
+    def _tried(self, at_most: int) -> int:
+        """The largest divisor of the batch that fits: without recomputing if any does, it costs a third more computing."""
+        began_s = time.monotonic()
+        for recompute in (False, True) if self.may_recompute else (self.state.model.recompute,):
+            self.state.model.recompute = recompute
+            for size in divisors(self.batch, at_most):
+                if self._fits(size):
+                    seconds = time.monotonic() - began_s
+                    print(f"memory     micro-batch {size} fits, tried in {seconds:.1f} s", flush=True)
+                    return size
+        raise self._no_room()
+
+    def _fits(self, size: int) -> bool:
+        """Whether there is the memory for a whole step of this size. Leaves the state as it is, to the bit.
+
+        Not compiled, which would take a minute for each size; compiled code needs less.
+        """
+        before = self.machine.rng_tensors()
+        try:
+            self._try(size)
+            return True
+        except Exception as e:
+            if not is_out_of_memory(e):
+                raise
+            return False
+        finally:
+            self._forget_try(before)
+
+    def _try(self, size: int) -> None:
+        model, optimizer, device = self.state.model, self.state.optimizer, self.machine.device
+        ballast = torch.empty(int(SPARE * _memory_bytes(self.machine)), dtype=torch.uint8, device=device)
+        ids = torch.zeros((size, model.config.block_size + 1), dtype=torch.int64, device=device)
+        for _ in range(min(2, self.batch // size)):  # the second finds the first one's gradients there
+            with self.machine.autocast():
+                loss = model(ids[:, :-1], ids[:, 1:])
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        step_unless(optimizer, torch.ones((), dtype=torch.bool, device=device))
+        self.machine.synchronize()
+        del ballast
+
+    def _forget_try(self, rng: dict[str, torch.Tensor]) -> None:
+        self.state.optimizer.zero_grad(set_to_none=True)
+        self.machine.set_rng_tensors(rng)
+        gc.collect()  # autograd's graphs can be cycles
+        if self.machine.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    # ---- remembering ------------------------------------------------------------------------------------------------
+
+    def _remember(self) -> None:
+        note = {"micro_batch": self.size, "recompute": self.state.model.recompute, "machine": self.machine.name}
+        with contextlib.suppress(StoreError):  # then it is tried again
+            if can_try(self.machine):
+                fs.put_bytes(str(self.note), json.dumps(note).encode())
+
+    def _remembered(self) -> int | None:
+        try:
+            note = json.loads(self.note.read_bytes())
+            size, recompute = int(note["micro_batch"]), note["recompute"] is True
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        if size < 1 or (recompute and not (self.may_recompute or self.state.model.recompute)):
+            return None
+        self.state.model.recompute = recompute or self.state.model.recompute
+        return largest_divisor(self.batch, size)
+
+
+def _note_path(config: TrainConfig, shape: GPTConfig, machine: Machine) -> Path:
+    """Where the size is kept; the name holds all that decides which one fits."""
+    parts = [asdict(shape), machine.name, _memory_bytes(machine), machine.precision, machine.compile, torch.__version__, config.optimizer,
+             config.batch,
+             config.checkpoint_activations == "on"]  # fmt: skip
+    key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
+    return (config.cache_folder or default_cache()) / "micro-batch" / f"{key}.json"
+
+
+def _memory_bytes(machine: Machine) -> int:
+    return torch.cuda.get_device_properties(machine.device).total_memory if machine.device.type == "cuda" else 0
+
+
+def divisors(n: int, at_most: int) -> Iterator[int]:
+    """The divisors of n that are at most that, largest first; always 1."""
+    return (d for d in range(max(1, min(n, at_most)), 0, -1) if n % d == 0)
+
+
+def largest_divisor(n: int, at_most: int) -> int:
+    """The largest divisor of n that is at most that, and at least 1."""
+    return next(divisors(n, at_most))
