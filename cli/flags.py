@@ -111,7 +111,8 @@ def parse(
             convert = f.metadata["parse"] or {int: number, float: real}.get(hint, hint)
             options["type"] = _named(convert, hint)
             options["metavar"] = {int: "N", float: "X", str: "TEXT"}.get(hint, "VALUE")
-        parser.add_argument("--" + f.name.replace("_", "-"), **options)
+        # a field whose name Python keeps for itself ends in "_": from_ is --from
+        parser.add_argument("--" + f.name.rstrip("_").replace("_", "-"), **options)
     given = vars(parser.parse_args(argv))
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
     for f in dataclasses.fields(config_type):  # type: ignore[arg-type]

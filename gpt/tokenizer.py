@@ -17,6 +17,21 @@ END_OF_TURN = "<|end|>"
 ROLE_TOKENS = {"user": "<|user|>", "assistant": "<|assistant|>", "system": "<|system|>"}
 SPECIAL_TOKENS = (END_OF_TEXT, *ROLE_TOKENS.values(), END_OF_TURN)
 
+# What Tokenizer.render does, in the language of chat templates (Jinja), for programs that read exported models.
+CHAT_TEMPLATE = (
+    "{{ 'BEGIN' }}{% for m in messages %}"
+    "{% if m['role'] not in ROLES %}{{ raise_exception('unknown role ' + m['role']) }}{% endif %}"
+    "{{ '<|' + m['role'] + '|>' + m['content'] + 'END' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'REPLY' }}{% endif %}"
+)
+for _name, _value in (
+    ("BEGIN", END_OF_TEXT),
+    ("ROLES", str(list(ROLE_TOKENS))),
+    ("END", END_OF_TURN),
+    ("REPLY", ROLE_TOKENS["assistant"]),
+):
+    CHAT_TEMPLATE = CHAT_TEMPLATE.replace(_name, _value)
+
 # How text is cut into words before BPE. Bytes per token at 32k on 138 MB of real conversation: see docs/tokenizer.md.
 SPLIT_PATTERNS = {
     "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",

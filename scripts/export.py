@@ -1,6 +1,11 @@
-"""Take a trained model elsewhere: `python scripts/export.py --run out --to hf --output my-model`.
+"""Take a trained model elsewhere, or bring one here.
+
+    python scripts/export.py --run out --to hf --output my-model
+    python scripts/export.py --run out --to gguf --output my-gguf
+    python scripts/export.py --from hf gpt2-folder --out run
 
 hf     a folder that transformers loads offline: weights, tokenizer with chat template, generation settings, a model card
+gguf   one file that llama.cpp runs, with a Modelfile for Ollama
 torch  the same weights under our own names, one model.safetensors with model.json, to be read by gpt.model.GPT
 """
 
@@ -11,7 +16,6 @@ if __name__ == "__main__":  # Python put this file's folder first in sys.path: t
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import json
-import math
 import os
 import tempfile
 from dataclasses import asdict, dataclass
@@ -22,28 +26,21 @@ from safetensors.torch import save_file
 from cli import flags
 from cli.errors import UserError
 from cli.flags import flag
-from cli.progress import count, duration
+from cli.progress import count
 from gpt import hf
 from gpt.model import GPT
-from gpt.tokenizer import END_OF_TEXT, END_OF_TURN, ROLE_TOKENS, Tokenizer
+from gpt.tokenizer import CHAT_TEMPLATE, END_OF_TEXT, END_OF_TURN, Tokenizer
+from scripts.import_hf import import_run
 from scripts.loading import load_model, load_record
-from scripts.plot import read_log
+from scripts.model_card import read_card
+from scripts.to_gguf import differs, modelfile, write_gguf
 from store import fs
 
-# what Tokenizer.render does, in the templates' language; roles other than these three are refused, as there
-CHAT_TEMPLATE = (
-    "{{ 'BEGIN' }}{% for m in messages %}"
-    "{% if m['role'] not in ROLES %}{{ raise_exception('unknown role ' + m['role']) }}{% endif %}"
-    "{{ '<|' + m['role'] + '|>' + m['content'] + 'END' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'REPLY' }}{% endif %}"
-)
-for _name, _value in (
-    ("BEGIN", END_OF_TEXT),
-    ("ROLES", str(list(ROLE_TOKENS))),
-    ("END", END_OF_TURN),
-    ("REPLY", ROLE_TOKENS["assistant"]),
-):
-    CHAT_TEMPLATE = CHAT_TEMPLATE.replace(_name, _value)
+NEXT = {
+    "hf": "python -c \"from transformers import pipeline; print(pipeline('text-generation', '{}')"
+    "([{{'role': 'user', 'content': 'Hello!'}}]))\"",
+    "gguf": "ollama create my-model -f {}/Modelfile && ollama run my-model",
+}
 
 
 @dataclass(frozen=True)
@@ -51,27 +48,42 @@ class ExportFlags:
     """Flags of scripts/export.py."""
 
     run: str = flag("out", "run folder or URL: the --out of train/run.py", env="PERENNIAL_OUT")
-    to: Literal["hf", "torch"] = flag(
-        "hf", "hf: for transformers and all that reads its folders; torch: for this project's code"
-    )
-    output: str = flag("", "new folder (default: exported-hf or exported-torch)")
+    to: Literal["hf", "gguf", "torch"] = flag(
+        "hf", "hf: for transformers and all that reads its folders; gguf: for llama.cpp and Ollama; torch: for this project's code"
+    )  # fmt: skip
+    output: str = flag("", "new folder (default: exported-hf, exported-gguf or exported-torch)")
     step: int | None = flag(None, "checkpoint of this step instead of the newest")
+    float_type: Literal["f32", "f16"] = flag("f16", "numbers in a GGUF file: f32 is exact, f16 half as large")
+    data: str = flag("", "the token dataset of the run, for the model card")
+    price_per_hour: float | None = flag(None, "what the machine cost, for the model card")
+    from_: tuple[str, ...] = flag((), "hf FOLDER: the other way round, a GPT2LMHeadModel folder into a new run, --out")
+    out: str = flag("", "with --from: the run to make, the --out with which train/run.py goes on")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Write the folder, whole or not at all."""
-    args, _ = flags.parse(ExportFlags, argv, prog="export.py", description=__doc__.split("\n")[0])
+    args, given = flags.parse(ExportFlags, argv, prog="export.py", description=__doc__.split("\n")[0])
+    if args.from_ or args.out:
+        return bring_here(args, given)
     output = Path(args.output or f"exported-{args.to}").expanduser().absolute()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output {output}: is not empty: give a new folder")
     model, tokenizer = load_model(args.run, device="cpu", step=args.step)
     record = load_record(args.run, step=args.step)
+    card = read_card(args.run, model, record, data=args.data, price_per_hour=args.price_per_hour)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as folder:
         made = Path(folder) / "model"
         made.mkdir()
         if args.to == "hf":
-            write_hf(made, model, tokenizer, record, args.run)
+            write_hf(made, model, tokenizer)
+            (made / "README.md").write_text(card, "utf-8")
+        elif args.to == "gguf":
+            name = f"model-{args.float_type}.gguf"
+            write_gguf(made / name, model, tokenizer, float_type=args.float_type)
+            if note := differs(tokenizer):
+                print(f"note       {note}")
+            (made / "Modelfile").write_text(modelfile(model, name), "utf-8")
         else:
             save_file(model.state_dict(), made / "model.safetensors")
             write_json(made / "model.json", asdict(model.config))
@@ -80,16 +92,32 @@ def main(argv: list[str] | None = None) -> int:
             output.rmdir()
         os.replace(made, output)
     n_bytes = sum(p.stat().st_size for p in output.iterdir())
-    print(
-        f"exported   {output} ({count(n_bytes)}B): step {record['step']}, {count(sum(p.numel() for p in model.parameters()))} parameters"
-    )
-    if args.to == "hf":
-        print(f"next       python -c \"from transformers import pipeline; print(pipeline('text-generation', '{output}')"
-              "([{'role': 'user', 'content': 'Hello!'}]))\"")  # fmt: skip
+    print(f"exported   {output} ({count(n_bytes)}B): step {record['step']}, {count(model.num_params())} parameters")
+    if args.to in NEXT:
+        print(f"next       {NEXT[args.to].format(output)}")
     return 0
 
 
-def write_hf(folder: Path, model: GPT, tokenizer: Tokenizer, record: dict[str, Any], run: str) -> None:
+def bring_here(args: ExportFlags, given: frozenset[str]) -> int:
+    """--from hf FOLDER --out RUN."""
+    if other := given - {"from_", "out"}:
+        raise UserError(
+            f"--{min(other).replace('_', '-')}: has no effect on an import: --from hf FOLDER --out RUN is all"
+        )
+    if len(args.from_) != 2 or args.from_[0] != "hf" or not args.out:
+        raise UserError("an import is given as --from hf FOLDER --out RUN, where FOLDER holds a GPT2LMHeadModel")
+    notes = import_run(Path(args.from_[1]).expanduser(), args.out)
+    for note in notes:
+        print(f"note       {note}")
+    run = fs.redact(args.out)
+    print(f"imported   {run}")
+    print(f'sample     python scripts/sample.py --run {run} --raw --prompt "Once upon a time"')
+    print(f"train      python prep/tokenize_bpe.py --input corpus.txt --tokenizer {fs.join(run, 'tokenizer.json')} "
+          f"--output tokens && python train/run.py --data tokens --out {run} --resume")  # fmt: skip
+    return 0
+
+
+def write_hf(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
     """What `AutoModelForCausalLM` and `AutoTokenizer` load from a folder without a network."""
     kwargs, tensors = hf.to_hf(model)
     ids = {
@@ -112,54 +140,6 @@ def write_hf(folder: Path, model: GPT, tokenizer: Tokenizer, record: dict[str, A
         **ids, "eos_token_id": [tokenizer.end_of_turn, tokenizer.end_of_text], "do_sample": True, "temperature": 0.8, "top_k": 50,
         "max_new_tokens": 128,
     })  # fmt: skip
-    (folder / "README.md").write_text(model_card(model, record, run), "utf-8")
-
-
-def model_card(model: GPT, record: dict[str, Any], run: str) -> str:
-    """A model card filled from the run's own records; what they do not tell is left for the owner to write."""
-    config, c = record["config"], model.config
-    metrics, samples = read_log(run, "metrics.jsonl"), latest_samples(run)
-    losses = {m["step"]: m["loss"] for m in metrics if m.get("loss") is not None and m["step"] <= record["step"]}
-    vals = [
-        (m["step"], m["val_loss"]) for m in metrics if m.get("val_loss") is not None and m["step"] <= record["step"]
-    ]
-    rows = [
-        ("parameters", f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M"),
-        ("shape", f"GPT-2: {c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide, context {c.block_size}, vocabulary {c.vocab_size}"),
-        ("trained", f"{record['step']:,} steps of {config['batch']} x {config['block_size']} = {count(record['tokens'])} tokens "
-                    f"in {duration(record['elapsed_s'])}"),
-        ("optimizer", f"AdamW, peak learning rate {config['lr']:g}, {config['schedule']}, weight decay {config['weight_decay']:g}"),
-    ]  # fmt: skip
-    if losses:
-        tail = [losses[s] for s in sorted(losses)[-100:]]
-        rows.append(("training loss", f"{sum(tail) / len(tail):.3f} (mean of the last {len(tail)} steps)"))
-    if vals:
-        rows.append(("validation loss", f"{vals[-1][1]:.4f}, perplexity {math.exp(min(vals[-1][1], 50)):.1f}"))
-    table = "\n".join(f"| {name} | {text} |" for name, text in rows)
-    curve = "\n".join(f"| {step:,} | {loss:.4f} |" for step, loss in thinned(vals, 12))
-    parts = [
-        "---\nlibrary_name: transformers\npipeline_tag: text-generation\n# license: name one before you publish\n---\n",
-        "# A GPT-2 model trained from scratch with Perennial\n",
-        f"| | |\n|---|---|\n{table}\n",
-        f"## Validation loss\n\n| step | loss |\n|---|---|\n{curve}\n" if curve else "",
-        f"## What it says\n\n```\n{samples.strip()}\n```\n" if samples else "",
-        "## Data\n\nSay what it was trained on, how that was cleaned, and under which licence it may be used. The dataset's "
-        f"fingerprint is `{record['data']['fingerprint'][:16]}`.\n",
-        "## Use\n\n```python\nfrom transformers import pipeline\n\nchat = pipeline(\"text-generation\", \"path/to/this/folder\")\n"
-        'print(chat([{"role": "user", "content": "Hello!"}]))\n```\n',
-    ]  # fmt: skip
-    return "\n".join(p for p in parts if p)
-
-
-def thinned(rows: list[Any], n: int) -> list[Any]:
-    """At most n of the rows, evenly, the last one among them."""
-    return [rows[round(i * (len(rows) - 1) / max(min(n, len(rows)) - 1, 1))] for i in range(min(n, len(rows)))]
-
-
-def latest_samples(run: str) -> str:
-    """The newest samples that training wrote; empty when there are none."""
-    names = [e.name for e in fs.list_folder(fs.join(run, "samples")) if e.name.endswith(".txt")]
-    return fs.read_text(fs.join(run, "samples", names[-1])) if names else ""
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ import pytest
 from scripts import demo_corpus
 from tests.fake_gcs import FakeGCS
 from tests.fake_s3 import FakeS3
-from tests.helpers import prepare
+from tests.helpers import prepare, train
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -71,3 +71,13 @@ def data(corpus, tmp_path_factory):
     flags = ["--vocab-size", 512, "--compress", "--shard-tokens", 40_000, "--val-fraction", 0.05]
     assert prepare("--input", corpus, "--output", folder, *flags) == 0
     return folder
+
+
+@pytest.fixture(scope="session")
+def run_folder(data, tmp_path_factory):
+    """A finished run of 12 steps on it, with samples at steps 6 and 12: only read it."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    small = ("--model", "tiny", "--n-embd", 32, "--n-head", 2, "--block-size", 32, "--batch", 8, "--device", "cpu")
+    every = ("--eval-every", 6, "--eval-tokens", 512, "--save-every", 6, "--sample-every", 6)
+    assert train("--data", data, "--steps", 12, *every, *small, "--out", out) == 0
+    return out

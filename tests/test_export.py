@@ -1,28 +1,27 @@
 """What is exported gives the same logits, ids and text where it is read, without a network."""
 
 import json
+import os
+import re
+import shutil
 
 import pytest
 import torch
 
+from gpt.model import GPT
+from gpt.presets import PRESETS, preset
 from gpt.sample import generate
+from gpt.tokenizer import Tokenizer
 from scripts import export
 from scripts.loading import load_model
-from tests.helpers import error_of, train
-from tests.test_resume import SMALL
+from tests.helpers import error_of
 
 
 @pytest.fixture(scope="module")
-def run_folder(data, tmp_path_factory):
-    out = tmp_path_factory.mktemp("export") / "out"
-    assert train("--data", data, "--steps", 12, "--save-every", 6, *SMALL, "--sample-every", 6, "--out", out) == 0
-    return out
-
-
-@pytest.fixture(scope="module")
-def exported(run_folder):
+def exported(run_folder, data):
     folder = run_folder.parent / "hf"
-    assert export.main(["--run", str(run_folder), "--output", str(folder)]) == 0
+    flags = ["--run", str(run_folder), "--output", str(folder), "--data", str(data), "--price-per-hour", "3600"]
+    assert export.main(flags) == 0
     return folder
 
 
@@ -52,12 +51,65 @@ def test_transformers_loads_the_folder_and_agrees(run_folder, exported, monkeypa
     assert [t for t in out[0].tolist()[12:] if t not in stops] == said
 
 
-def test_the_model_card_tells_of_the_run(exported):
+def test_the_model_card_tells_of_the_run(exported, run_folder, data):
     card = (exported / "README.md").read_text()
     assert "12 steps of 8 x 32" in card
     assert "| validation loss |" in card
     assert "What is the capital of France?" in card
+    assert "· training loss" in card  # the curve
+    metadata = json.loads((data / "metadata.json").read_text())
+    assert f"| corpus.txt | {metadata['counts']['bytes']:,} |" in card
+    assert f"{metadata['totals']['train']['tokens']:,} tokens to train on" in card
+    assert "Cleaning: `standard`" in card
+    paid = re.search(r"([0-9.]+) at 3600 an hour", card)  # so many seconds
+    assert 0 < float(paid[1]) < 600
+    assert "# license: name one" in card
     assert str(exported.parent) not in card  # nothing of this machine
+
+
+def test_the_card_of_an_earlier_step_knows_nothing_later(run_folder, tmp_path):
+    assert export.main(["--run", str(run_folder), "--output", str(tmp_path / "six"), "--step", "6"]) == 0
+    card = (tmp_path / "six" / "README.md").read_text()
+    assert (run_folder / "samples" / "step-00000006.txt").read_text().strip() in card
+    assert (run_folder / "samples" / "step-00000012.txt").read_text().strip() not in card
+    assert "mean of the last 6 steps" in card
+    assert "Say what it was trained on" in card
+
+
+def test_a_dataset_that_is_not_the_runs_is_refused(run_folder, data, tmp_path):
+    shutil.copytree(data, tmp_path / "other")
+    metadata = json.loads((data / "metadata.json").read_text())
+    metadata["shards"][0]["xxh3"] = "0" * 16
+    (tmp_path / "other" / "metadata.json").write_text(json.dumps(metadata))
+    flags = ["--run", str(run_folder), "--output", str(tmp_path / "x"), "--data"]
+    assert "is not the dataset this run was trained on" in error_of(export.main, [*flags, str(tmp_path / "other")])
+    assert "no token dataset there" in error_of(export.main, [*flags, str(tmp_path / "none")])
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "modern"])
+@pytest.mark.parametrize("name", PRESETS)
+@torch.no_grad()
+def test_every_presets_logits_equal_transformers(name, arch, data, tmp_path):
+    """Through the folder, of its widths and heads; with PERENNIAL_FULL_PRESETS=1 of all layers, 32k ids and 512 positions."""
+    transformers = pytest.importorskip("transformers")
+    full = os.environ.get("PERENNIAL_FULL_PRESETS") == "1"
+    tokenizer = Tokenizer((data / "tokenizer.json").read_text())
+    small = {} if full else {"n_layer": 1, "block_size": 64}
+    vocab_size = 32_000 if full else tokenizer.vocab_size
+    torch.manual_seed(1)
+    model = GPT(preset(name, arch=arch, vocab_size=vocab_size, **small)).eval()
+    for p in model.parameters():  # zero biases, gains of one and a head of zeros would hide what is mixed up
+        p.add_(torch.randn_like(p) * 0.02)
+    export.write_hf(tmp_path, model, tokenizer)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    ids = torch.randint(vocab_size, (1, model.config.block_size), generator=torch.Generator().manual_seed(1))
+    logits = model(ids)
+    difference = (theirs(ids).logits - logits).abs().max()
+    assert logits.std() > 0.2
+    assert difference < 1e-4
+    if full:
+        print(f"{name} {arch}: {model.num_params() / 1e6:.1f} M parameters, {difference:.1e}")
 
 
 def test_torch_export_is_the_model_itself(run_folder, tmp_path):

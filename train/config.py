@@ -167,6 +167,7 @@ LOGGING = (
     "keep",
 )
 FREE = frozenset({*RUN_LENGTH, *FORGOTTEN, *LOGGING})
+SHAPE = ("model", "arch", "n_layer", "n_head", "n_embd", "n_ff", "block_size", "bias", "qkv_bias", "tied")
 
 # model -> (sequences per step, peak learning rate). The two GPT-2 sizes have the learning rates of GPT-3's table 2.1 (Brown
 # et al. 2020) at half its batch tokens. The others are starting points: only `small` was tried on real dialogue.
@@ -248,13 +249,16 @@ def warmup_steps(config: TrainConfig, total: int) -> int:
     return config.warmup if config.warmup is not None else min(2000, max(1, total // 50))
 
 
-def merge_resumed(stored: dict[str, Any], config: TrainConfig, given: frozenset[str]) -> TrainConfig:
-    """The checkpoint's settings with the freely changeable flags given now.
+def merge_resumed(
+    stored: dict[str, Any], config: TrainConfig, given: frozenset[str], *, imported: bool = False
+) -> TrainConfig:
+    """The checkpoint's settings with the freely changeable flags given now; imported weights bind their SHAPE alone.
 
     Raises UserError naming both values where a given flag contradicts the checkpoint.
     """
     values = _checked(stored)
-    for name in sorted(given - FREE):
+    free = frozenset(asdict(config)) - {*SHAPE} if imported else FREE
+    for name in sorted(given - free):
         if name == "model" and config.model == "auto":
             continue
         if getattr(config, name) != values.get(name):
@@ -262,7 +266,7 @@ def merge_resumed(stored: dict[str, Any], config: TrainConfig, given: frozenset[
                             f"{values.get(name)}: leave the flag out to go on, or give another --out")  # fmt: skip
     if given & set(RUN_LENGTH):
         values |= dict.fromkeys(RUN_LENGTH)
-    values |= {name: getattr(config, name) for name in given & FREE}
+    values |= {name: getattr(config, name) for name in given & free}
     values |= {name: getattr(config, name) for name in FORGOTTEN}
     return TrainConfig(**values)
 

@@ -84,7 +84,11 @@ def same_data(stored: dict[str, Any], tokens: TokenShards) -> None:
     if stored["data"]["vocab_size"] != tokens.vocab_size:
         raise UserError(f"{fs.redact(tokens.url)}: has a vocabulary of {tokens.vocab_size}, the checkpoint one of "
                         f"{stored['data']['vocab_size']}: give the data it was trained on, or another --out")  # fmt: skip
-    if stored["data"]["fingerprint"] != tokens.fingerprint:
+    if not stored["data"]["fingerprint"]:  # imported weights: any data in their tokenizer's ids will do
+        if stored["data"].get("tokenizer_sha256") != tokens.metadata["tokenizer_sha256"]:
+            raise UserError(f"{fs.redact(tokens.url)}: was made with another tokenizer than the imported model's: re-run "
+                            "prep with --tokenizer RUN/tokenizer.json")  # fmt: skip
+    elif stored["data"]["fingerprint"] != tokens.fingerprint:
         raise UserError(f"{fs.redact(tokens.url)}: is not the dataset this run was trained on (its tokens differ): "
                         "give that one, or another --out")  # fmt: skip
 

@@ -84,7 +84,9 @@ def start(config: TrainConfig, given: frozenset[str], folder: RunFolder, stop: S
         folder.hold()  # before looking: what a living trainer is just deleting would seem damaged
         found = checkpoint.load_newest(folder.places(), folder.warn, also=folder.saved_last())
     if found:
-        config = settings.merge_resumed(found.state["config"], config, given)
+        config = settings.merge_resumed(
+            found.state["config"], config, given, imported=bool(found.state.get("imported"))
+        )
     elif (
         folder.stored_config
     ):  # begun, and killed before its first checkpoint: nothing binds yet, but flags can be left out

@@ -81,9 +81,17 @@ def state_record(config: TrainConfig, state: State, data: Data, machine: dict[st
 
 
 def restore(state: State, found: checkpoint.Checkpoint, machine: Machine) -> None:
-    """Put a verified checkpoint into a fresh state of the same shape. Raises DataError where it is not of that shape."""
+    """Put a verified checkpoint into a fresh state of the same shape. Raises DataError where it is not of that shape.
+
+    Of an imported one (scripts/import_hf.py) there are weights alone: the rest begins anew.
+    """
     weights, moments = found.tensors["model.safetensors"], found.tensors["optimizer.safetensors"]
     same_tensors(weights, state.model.state_dict(), "model.safetensors")
+    if found.state.get("imported"):
+        if wrong := first_nonfinite(weights):
+            raise DataError(f"{found.manifest.name}: {wrong} holds what is not a number: import a sound model")
+        state.model.load_state_dict(weights)
+        return
     # hashes prove that the bytes are the writer's, not that the writer was kind: a wrong shape would crash in native code
     same_tensors(moments, optimizer_tensors(state.model, state.optimizer), "optimizer.safetensors")
     if wrong := first_nonfinite(weights) or first_nonfinite(moments):
