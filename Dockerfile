@@ -22,8 +22,16 @@ COPY prep ./prep
 COPY train ./train
 COPY scripts ./scripts
 
-# the volume of RunPod and vast.ai: ./data and ./out live there when no flags name others
+# The volume of RunPod and vast.ai: ./data and ./out live there when no flags name others, the cache beside them. Any --user
+# may write there; one without a name or a home needs both from here, or torch's own cache finds no place.
 WORKDIR /workspace
+RUN chmod 1777 /workspace
+ENV PERENNIAL_CACHE=/workspace/.cache HOME=/tmp USER=perennial
+
+# the trainer touches that file while it gets on; staging, compiling and restoring take minutes without a touch
+ENV PERENNIAL_HEARTBEAT=/tmp/perennial-heartbeat
+HEALTHCHECK --interval=30s --timeout=5s --start-period=15m --retries=2 \
+    CMD ["python3", "/opt/perennial/train/heartbeat.py"]
 
 # exec form: SIGTERM reaches Python, which saves and leaves within the grace period; a shell in between would not pass it on
 ENTRYPOINT ["python3", "/opt/perennial/train/run.py"]

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from train import clock
 from train.exits import STOPPED
+from train.heartbeat import Heartbeat
 
 T = TypeVar("T")
 STOP_AFTER = "--stop-after"
@@ -48,6 +49,7 @@ class StopSignal:
         self.nothing_to_save = True  # a signal ends the program at once: nothing new has been learnt yet
         self.interrupted = False  # Interrupted was raised: what the program ends with now comes of it
         self.record: Callable[..., None] = lambda event, **fields: None  # writes an event: RunFolder.event, once open
+        self._beat = Heartbeat()  # whoever asks whether to stop is alive
         self._interruptible = False
         self._deadline_s: float | None = None
         self._code = STOPPED
@@ -63,6 +65,7 @@ class StopSignal:
         threading.Thread(target=self._watch, args=(read,), daemon=True, name="stop").start()
 
     def __call__(self) -> bool:
+        self._beat()
         return self.name is not None
 
     def seconds_left(self) -> float:
@@ -116,7 +119,11 @@ class StopSignal:
                     return os.close(read)
                 for number in numbers:
                     self._count(number)
-            if self.stop_after_s is not None and clock.up_s() + self.reserve_s >= self.stop_after_s and not self():
+            if (
+                self.stop_after_s is not None
+                and clock.up_s() + self.reserve_s >= self.stop_after_s
+                and self.name is None
+            ):
                 self.ask(STOP_AFTER)
             if self.name and not told:
                 told = True
