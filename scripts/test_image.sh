@@ -9,6 +9,7 @@ install requirements-prep.txt
 WORK="${WORK:-$(mktemp -d)}" # a base that was made there once is used again
 IMAGE=perennial-test
 mkdir -p "$WORK"
+LIMITS=(--ulimit nofile=1024:1024 --ulimit nproc=4096:4096)
 
 say() { printf '%-10s %s\n' "$1" "$2"; }
 fail() {
@@ -28,6 +29,8 @@ else
   STORE=(--root "$WORK/store" --runroot "$WORK/runroot" --storage-driver "${STORAGE_DRIVER:-vfs}")
   engine() { podman "${STORE[@]}" --runtime "$(command -v runc)" --cgroup-manager cgroupfs "$@"; }
   # one layer, as vfs copies the whole image for each; an isolation that needs no rights beyond a chroot
+  # podman has systemd run health checks, and there may be none
+  LIMITS+=(--no-healthcheck)
   build() { buildah "${STORE[@]}" bud --quiet --isolation chroot --layers=false --format docker --build-arg BASE_IMAGE="$1" --tag "$IMAGE" .; }
 fi
 
@@ -62,7 +65,6 @@ mkdir -p "$volume"
 "$PYTHON" prep/tokenize_bpe.py --input "$WORK/demo.txt" --output "$volume/data" --vocab-size 512 --compress >/dev/null
 chmod -R a+rwX "$volume"
 
-LIMITS=(--ulimit nofile=1024:1024 --ulimit nproc=4096:4096)
 [ -z "${GPUS:-}" ] || LIMITS+=(--gpus "$GPUS")
 TRAIN=(--model tiny --block-size 64 --batch 8 --steps "${STEPS:-600}" --save-every-minutes 60 --sample-every 0 --grace-seconds 8 --resume)
 
