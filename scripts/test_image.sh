@@ -61,7 +61,7 @@ say built "$IMAGE on $BASE_IMAGE"
 volume="$WORK/volume"
 rm -rf "$volume"
 mkdir -p "$volume"
-"$PYTHON" scripts/demo_corpus.py --output "$WORK/demo.txt" --megabytes 0.6 >/dev/null
+"$PYTHON" scripts/demo_corpus.py --force --output "$WORK/demo.txt" --megabytes 0.6 >/dev/null
 "$PYTHON" prep/tokenize_bpe.py --input "$WORK/demo.txt" --output "$volume/data" --vocab-size 512 --compress >/dev/null
 chmod -R a+rwX "$volume"
 
@@ -74,10 +74,14 @@ start() { # start NAME [OPTIONS]: the same command every time, in the background
   engine run --detach --name "$name" "${LIMITS[@]}" --volume "$volume:/workspace" --stop-timeout 10 "$@" "$IMAGE" "${TRAIN[@]}" >/dev/null
 }
 
+said() { # said NAME WORDS; not in a pipe, which grep would close before all is written
+  [[ "$(engine logs "$1" 2>&1)" == *"$2"* ]]
+}
+
 wait_for() { # wait_for NAME WORDS: in the container's log, for a minute
   local i
   for i in $(seq 240); do
-    if engine logs "$1" 2>&1 | grep -q -- "$2"; then return; fi
+    if said "$1" "$2"; then return; fi
     [ "$(engine inspect --format '{{.State.Running}}' "$1")" = true ] || break
     sleep 0.25
   done
@@ -103,10 +107,10 @@ for user in 0:0 12345:12345; do
 
   start second --user "$user"
   [ "$(engine wait second)" = 0 ] || fail "the second run: $(engine logs second 2>&1 | tail -5)"
-  engine logs second 2>&1 | grep -q "goes on from step" || fail "the second run began anew"
+  said second "goes on from step" || fail "the second run began anew"
   say "user $user" "$(engine logs second 2>&1 | grep 'goes on from step'); $(engine logs second 2>&1 | tail -1)"
 done
-engine run --rm "${LIMITS[@]}" "$IMAGE" --help | grep -q -- --resume || fail "--help"
+[[ "$(engine run --rm "${LIMITS[@]}" "$IMAGE" --help)" == *--resume* ]] || fail "--help"
 code=0
 engine run --rm "${LIMITS[@]}" "$IMAGE" --data /nowhere --resume 2>"$WORK/error" || code=$?
 [ "$code" = 2 ] && [ "$(wc -l <"$WORK/error")" = 1 ] || fail "a wrong folder: exit code $code, $(cat "$WORK/error")"

@@ -32,6 +32,13 @@ class runtime:
     unassign = staticmethod(lambda: print("unassigned"))
 """
 
+# Colab's first press on Stop waits for the program; plain IPython kills it 0.6 s later, its second press does in both
+AS_COLAB = """
+import os, IPython.utils._process_posix as posix
+posix.ProcessHandler.terminate_timeout = 60
+open("kernel.pid", "w").write(str(os.getpid()))
+"""
+
 
 def sources() -> dict[str, str]:
     return {c["id"]: c["source"] for c in nbformat.read(NOTEBOOK, 4).cells if c["cell_type"] == "code"}
@@ -84,10 +91,11 @@ def cells(work: Path, steps: int) -> nbformat.NotebookNode:
         for there, here in (
             ("/content/drive/MyDrive", str(work / "My Drive")),  # its name has a blank
             ("--steps 800", f"--steps {steps}"),
+            ("--save-every 100", "--save-every 5"),
             ("--output demo.txt", "--output demo.txt --megabytes 0.5"),
         ):
             cell.source = cell.source.replace(there, here)
-    notebook.cells.insert(0, nbformat.v4.new_code_cell("import os; open('kernel.pid', 'w').write(str(os.getpid()))"))
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(AS_COLAB))
     return notebook
 
 
