@@ -122,6 +122,22 @@ def parse(
     return config_type(**values), frozenset(given)
 
 
+def render(config: Any) -> list[str]:
+    """The command line that `parse` reads as this dataclass: every field that is not its default, but for durations."""
+    argv = []
+    for f in dataclasses.fields(config):
+        value, name = getattr(config, f.name), f.name.replace("_", "-")
+        if value == f.default:
+            continue
+        if isinstance(value, bool):
+            argv.append(f"--{name}" if value else f"--no-{name}")
+        elif isinstance(value, tuple):
+            argv += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            argv.append(f"--{name}={value}")  # in one word: a value may begin with a dash
+    return argv
+
+
 def _named(convert: Callable[[str], Any], hint: type) -> Callable[[str], Any]:
     """`convert` with an error message a person can use (argparse shows ArgumentTypeError as it is)."""
 

@@ -16,6 +16,7 @@ import prep.settings
 import train.config
 from cli import flags
 from cli.flags import flag, number, seconds
+from train.config import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 
@@ -267,3 +268,13 @@ def test_storage_warnings_are_plain_lines():
     """A retry in store/ shows as one line on stderr, so a pause explains itself."""
     ran = program("import logging; logging.getLogger('store.fs').warning('storage: trying again')")
     assert (ran.returncode, ran.stderr) == (0, "storage: trying again\n")
+
+
+def test_rendered_flags_are_read_as_the_same_settings():
+    """What is not the default, whatever it begins with, comes back as it was; so do all defaults."""
+    changed = TrainConfig(
+        data="-odd name", model="tiny", resume=True, bias=False, steps=3, lr=1.5e-4, save_every="auto",
+        prompts=("Hello!", "And you?"), seed=2**59, compile="off",
+    )  # fmt: skip
+    for config in (TrainConfig(), changed):
+        assert flags.parse(TrainConfig, flags.render(config), prog="p", description="")[0] == config

@@ -97,10 +97,10 @@ def choose_preload(loading: Loading, raw_bytes: int) -> bool:
     """Whether to hold `raw_bytes` in memory: as told, or (auto) when that takes at most a third of what is free."""
     if loading != "auto":
         return loading == "preload"
-    return raw_bytes <= max(_available_bytes() // 3, 256 << 20)
+    return raw_bytes <= max(available_bytes() // 3, 256 << 20)
 
 
-def _available_bytes() -> int:
+def available_bytes() -> int:
     """Memory that can be had: the kernel's estimate (page cache can be given up), and a container's own limit."""
     limits = []
     with contextlib.suppress(OSError, ValueError, IndexError):

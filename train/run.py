@@ -26,7 +26,7 @@ from cli import flags
 from cli.errors import UserError
 from store.errors import StoreError
 from store.lease import Fenced
-from train import checkpoint, clock, gce
+from train import checkpoint, clock, gce, preflight
 from train import config as settings
 from train.batches import Batches, validation_windows
 from train.compile_cache import CompileCache
@@ -53,6 +53,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     settings.check(config)
     config = settings.with_places(config)
+    if config.dry_run or config.preflight:
+        return preflight.main(config, given)
     folder = RunFolder(config.out, config.cache_folder)
     stop = StopSignal(grace_s=config.grace_seconds, stop_after_s=config.stop_after)
     try:
