@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 from gpt.loss import CHUNK_LOGITS, MOST_CHUNKS
 from gpt.model import GPTConfig, flops_per_token, parameter_table
+from train.config import AUTO
+from train.micro_batch import MOST_TOKENS, divisors
 from train.prices import Gpu
 
-MOST_TOKENS = 1 << 16  # in one micro-batch: GPUs are full well before
 count_by_part = functools.lru_cache(parameter_table)  # builds the model without memory: seconds for a deep one
 USABLE = 0.9  # of a GPU's memory: the rest is the driver's, the context's, and lost between blocks
 
@@ -95,24 +96,35 @@ class Forecast:
         return tokens / self.seconds
 
 
-def largest_micro_batch(shape: GPTConfig, gpu: Gpu, *, batch: int, optimizer: str) -> tuple[int, bool] | None:
-    """(sequences at once, whether activations have to be recomputed) that should fit; None where nothing does."""
-    sizes = [m for m in range(batch, 0, -1) if batch % m == 0 and (m == 1 or m * shape.block_size <= MOST_TOKENS)]
-    for recompute in (False, True):
-        for m in sizes:
-            held = memory(shape, precision=gpu.precision, micro_batch=m, optimizer=optimizer, recompute=recompute)
+def largest_micro_batch(
+    shape: GPTConfig, gpu: Gpu, *, batch: int, optimizer: str, recompute: str = AUTO
+) -> tuple[int, bool] | None:
+    """(sequences at once, whether activations are recomputed) that should fit; None where nothing does.
+
+    `recompute` is --checkpoint-activations: auto, on or off.
+    """
+    for again in {AUTO: (False, True), "on": (True,), "off": (False,)}[recompute]:
+        for m in divisors(batch, MOST_TOKENS // shape.block_size):
+            held = memory(shape, precision=gpu.precision, micro_batch=m, optimizer=optimizer, recompute=again)
             if held.total <= USABLE * gpu.memory:
-                return m, recompute
+                return m, again
     return None
 
 
 def forecast(
-    shape: GPTConfig, gpu: Gpu, *, batch: int, tokens: int, optimizer: str, price_per_hour: float | None = None
+    shape: GPTConfig,
+    gpu: Gpu,
+    *,
+    batch: int,
+    tokens: int,
+    optimizer: str,
+    recompute: str = AUTO,
+    price_per_hour: float | None = None,
 ) -> Forecast:
     """Time and money of training on `tokens` there, at the assumed MFU and the largest micro-batch that should fit."""
-    fits = largest_micro_batch(shape, gpu, batch=batch, optimizer=optimizer)
-    size, recompute = fits or (1, True)
-    held = memory(shape, precision=gpu.precision, micro_batch=size, optimizer=optimizer, recompute=recompute)
-    seconds = run_flops(shape, tokens, recompute=recompute) / (gpu.peak_flops * gpu.mfu)
+    fits = largest_micro_batch(shape, gpu, batch=batch, optimizer=optimizer, recompute=recompute)
+    size, again = fits or (1, recompute != "off")
+    held = memory(shape, precision=gpu.precision, micro_batch=size, optimizer=optimizer, recompute=again)
+    seconds = run_flops(shape, tokens, recompute=again) / (gpu.peak_flops * gpu.mfu)
     price = gpu.price_per_hour if price_per_hour is None else price_per_hour
-    return Forecast(gpu, size if fits else None, recompute, held.total, seconds, price * seconds / 3600)
+    return Forecast(gpu, size if fits else None, again, held.total, seconds, price * seconds / 3600)

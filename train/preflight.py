@@ -27,18 +27,18 @@ from train import checkpoint, checks, estimate
 from train import config as settings
 from train.batches import Batches
 from train.checks import Check
-from train.config import TrainConfig
+from train.config import AUTO, TrainConfig
 from train.data import Data, available_bytes, open_data, same_data
 from train.estimate import Memory
 from train.exits import FINISHED, USER_ERROR
 from train.folder import RunFolder
+from train.micro_batch import CPU_TOKENS, largest_divisor
 from train.precision import Machine, choose_machine
 from train.preempt import SIGNALS
 from train.prices import GPUS, Gpu
 
 STEPS = 3  # of the rehearsal's first half
 MEASURE_S = 10.0  # of training in its second half, for a rate to be trusted
-CPU_TOKENS = 8192  # at once: beyond this a CPU only loses cache
 PARTS = {"wte": "token embedding", "wpe": "position embedding", "attn": "attention", "mlp": "MLP", "norm": "norms",
          "head": "head"}  # fmt: skip
 
@@ -163,13 +163,14 @@ def _plan(config: TrainConfig, given: frozenset[str], found: list[Check]) -> Pla
 
 def _micro_batch(config: TrainConfig, shape: GPTConfig, machine: Machine) -> tuple[int, bool]:
     """Sequences at once as told, else as the estimate allows; and whether activations have to be recomputed for it."""
-    if isinstance(config.micro_batch, int):
-        return min(config.micro_batch, config.batch), False
+    how = config.checkpoint_activations
+    if config.micro_batch != AUTO:
+        return min(config.micro_batch, config.batch), how == "on"
     if machine.device.type != "cuda":
-        sizes = (m for m in range(max(1, min(config.batch, CPU_TOKENS // config.block_size)), 0, -1))
-        return next(m for m in sizes if config.batch % m == 0), False
+        return largest_divisor(config.batch, CPU_TOKENS // config.block_size), how == "on"
     here = Gpu(machine.name, checks.device_bytes(machine), machine.precision, 1.0, 0.0, "")
-    return estimate.largest_micro_batch(shape, here, batch=config.batch, optimizer=config.optimizer) or (1, True)
+    fits = estimate.largest_micro_batch(shape, here, batch=config.batch, optimizer=config.optimizer, recompute=how)
+    return fits or (1, how != "off")
 
 
 def describe(plan: Plan) -> None:
@@ -195,6 +196,7 @@ def describe(plan: Plan) -> None:
         estimate.forecast(
             shape,
             gpu,
+            recompute=config.checkpoint_activations,
             batch=config.batch,
             tokens=tokens,
             optimizer=config.optimizer,
@@ -344,7 +346,8 @@ def _train(config: TrainConfig) -> None:
     said = ""
     try:
         for line in trainer.stdout:
-            print(f"  {line}", end="", flush=True)
+            if not line.startswith("next "):  # there is nothing to talk to
+                print(f"  {line}", end="", flush=True)
             said = line.strip() or said
         code = trainer.wait()
     finally:
