@@ -114,11 +114,17 @@ def test_training_begins_with_the_imported_weights(folder, corpus, tmp_path):
     assert all(torch.equal(imported[name], trained[name]) for name in imported)
 
 
-def test_data_of_another_tokenizer_is_refused(folder, data, tmp_path):
-    assert bring(folder, tmp_path / "run") == 0
-    assert "has a vocabulary of 512, the checkpoint one of 404" in error_of(
-        train, "--data", data, "--out", tmp_path / "run", "--resume", "--device", "cpu"
-    )
+def test_data_of_another_tokenizer_is_refused(folder, corpus, data, tmp_path):
+    run = tmp_path / "run"
+    assert bring(folder, run) == 0
+    flags = ("--out", run, "--resume", "--device", "cpu")
+    assert "has a vocabulary of 512, the checkpoint one of 404" in error_of(train, "--data", data, *flags)
+    other = json.loads((run / "tokenizer.json").read_text("utf-8"))
+    vocab = other["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]  # as large, and made for other ids
+    (tmp_path / "other.json").write_text(json.dumps(other), "utf-8")
+    assert prepare("--input", corpus, "--output", tmp_path / "d", "--tokenizer", tmp_path / "other.json") == 0
+    assert "with another tokenizer than the imported model's" in error_of(train, "--data", tmp_path / "d", *flags)
 
 
 def test_rows_that_no_token_has_are_left_out(folder, tmp_path, capsys):
