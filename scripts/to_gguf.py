@@ -53,6 +53,7 @@ def write_gguf(path: Path, model: GPT, tokenizer: Tokenizer, *, float_type: Floa
     tokens, types, merges, pre = vocabulary(tokenizer)
     config = model.config
     writer = gguf.GGUFWriter(path, "qwen3" if config.modern else "gpt2")
+    writer.add_name(f"perennial {model.num_params() / 1e6:.1f}M")  # shown by programs that list models
     writer.add_context_length(config.block_size)
     writer.add_embedding_length(config.n_embd)
     writer.add_block_count(config.n_layer)
@@ -128,11 +129,11 @@ def vocabulary(tokenizer: Tokenizer) -> tuple[list[str], list[str], list[str], s
     if bpe["type"] != "BPE" or name is None or data.get("normalizer") or bpe.get("ignore_merges"):
         raise UserError("--to gguf: llama.cpp has no name for the way this tokenizer.json cuts text: expected the patterns "
                         f"{', '.join(SPLIT_PATTERNS)} of prep/tokenize_bpe.py --split-pattern")  # fmt: skip
-    special = {t["id"]: t["content"] for t in data["added_tokens"]}
-    words = {i: token for token, i in bpe["vocab"].items()} | special
+    kinds = dict.fromkeys(bpe["vocab"].values(), "NORMAL")
+    kinds |= {t["id"]: "CONTROL" if t["special"] else "USER_DEFINED" for t in data["added_tokens"]}
+    words = {i: token for token, i in bpe["vocab"].items()} | {t["id"]: t["content"] for t in data["added_tokens"]}
     ids = range(tokenizer.vocab_size)
-    tokens = [words.get(i, f"[unused{i}]") for i in ids]
-    types = ["CONTROL" if i in special else "NORMAL" if i in words else "UNUSED" for i in ids]
+    tokens, types = [words.get(i, f"[unused{i}]") for i in ids], [kinds.get(i, "UNUSED") for i in ids]
     merges = [m if isinstance(m, str) else " ".join(m) for m in bpe["merges"]]
     return tokens, types, merges, PRE_TOKENIZERS[name]
 

@@ -93,6 +93,8 @@ def test_a_dataset_that_is_not_the_runs_is_refused(run_folder, data, tmp_path):
 def test_every_presets_logits_equal_transformers(name, arch, data, tmp_path):
     """Through the folder, of its widths and heads; with PERENNIAL_FULL_PRESETS=1 of all layers, 32k ids and 512 positions."""
     transformers = pytest.importorskip("transformers")
+    if arch == "modern" and not hasattr(transformers, "Qwen3ForCausalLM"):
+        pytest.skip("transformers below 4.51 has no Qwen3")
     full = os.environ.get("PERENNIAL_FULL_PRESETS") == "1"
     tokenizer = Tokenizer((data / "tokenizer.json").read_text())
     small = {} if full else {"n_layer": 1, "block_size": 64}
