@@ -1,7 +1,9 @@
 """How likely a model finds given ids: the losses behind perplexity, bits per byte and multiple choice."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -46,11 +48,13 @@ def windows(n_ids: int, *, length: int, stride: int) -> Iterator[tuple[int, int,
             return
 
 
-def text_losses(model: GPT, ids: Sequence[int], *, length: int, stride: int, batch: int) -> Iterator[Tensor]:
-    """-log p of ids[1:] in their order, window by window; `batch` windows go through the model at a time."""
-    spans = list(windows(len(ids), length=length, stride=stride))
-    for i in range(0, len(spans), batch):
-        part = spans[i : i + batch]
-        losses = id_losses(model, [ids[begin : end + 1] for begin, end, _ in part])
+def text_losses(model: GPT, ids: np.ndarray, *, length: int, stride: int, batch: int) -> Iterator[Tensor]:
+    """-log p of ids[1:] in their order, window by window; `batch` windows go through the model at a time.
+
+    ids: (N,), any integer dtype; it may be memory-mapped, only the windows at hand are copied.
+    """
+    spans = windows(len(ids), length=length, stride=stride)
+    while part := list(itertools.islice(spans, batch)):
+        losses = id_losses(model, [ids[begin : end + 1].tolist() for begin, end, _ in part])
         for (begin, _, first), row in zip(part, losses, strict=True):
             yield row[first - begin - 1 :]

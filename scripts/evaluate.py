@@ -16,7 +16,7 @@ import contextlib
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -113,13 +113,13 @@ def evaluate(args: EvaluateFlags) -> dict[str, Any]:
     return found
 
 
-def texts(args: EvaluateFlags, tokenizer: Tokenizer) -> Iterator[tuple[str, Iterable[Sequence[int]], int]]:
+def texts(args: EvaluateFlags, tokenizer: Tokenizer) -> Iterator[tuple[str, Iterable[np.ndarray], int]]:
     """(name, streams of ids, how many ids) of everything that is to be scored. Raises UserError."""
     for url in args.text:
         if (fs.size(url) or 0) > MOST_TEXT_BYTES:  # encoded at once, which takes some 160 bytes of memory for each
             raise UserError(f"--text {fs.redact(url)}: is larger than {MOST_TEXT_BYTES >> 20} MiB: prepare it with "
                             "prep/tokenize_bpe.py --tokenizer, and give --data")  # fmt: skip
-        ids = [tokenizer.end_of_text, *tokenizer.encode(fs.read_text(url))]
+        ids = np.array([tokenizer.end_of_text, *tokenizer.encode(fs.read_text(url))])
         if len(ids) == 1:
             raise UserError(f"--text {fs.redact(url)}: is empty")
         yield fs.redact(url), [ids], len(ids)
@@ -135,11 +135,11 @@ def texts(args: EvaluateFlags, tokenizer: Tokenizer) -> Iterator[tuple[str, Iter
         if sum(lengths) < 2:
             raise UserError(f"--data {fs.redact(args.data)}: its {args.split} split has nothing to score")
         shards = zip(data.split(args.split), lengths, strict=True)
-        yield args.split, (data.read(shard, 0, n).tolist() for shard, n in shards if n > 1), sum(lengths)
+        yield args.split, (data.read(shard, 0, n) for shard, n in shards if n > 1), sum(lengths)
 
 
 def score(
-    model: GPT, tokenizer: Tokenizer, streams: Iterable[Sequence[int]], n_ids: int, args: EvaluateFlags
+    model: GPT, tokenizer: Tokenizer, streams: Iterable[np.ndarray], n_ids: int, args: EvaluateFlags
 ) -> Score:  # fmt: skip
     """Sums over streams of ids; each begins without context, and its first id is not asked for."""
     spelled = token_bytes(tokenizer)
@@ -150,9 +150,9 @@ def score(
     total = np.zeros(4)
     with Meter("score", n_ids, " tokens") as meter:
         for ids in streams:
-            sizes, at = spelled[np.array(ids)], 1
+            at = 1
             for losses in text_losses(model, ids, length=length, stride=stride, batch=args.batch):
-                nats, size = losses.double().numpy(), sizes[at : at + len(losses)]
+                nats, size = losses.double().numpy(), spelled[ids[at : at + len(losses)]]
                 at += len(losses)
                 total += (len(nats), nats.sum(), nats[size > 0].sum(), size.sum())
                 meter.add(len(losses))

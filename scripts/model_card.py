@@ -23,7 +23,7 @@ pipeline_tag: text-generation
 # license: name one before you publish; the data's licences bind you too
 ---
 
-# A {kind} model trained from scratch with Perennial
+# A {kind} model trained with Perennial
 
 {about}
 
@@ -57,6 +57,7 @@ print(chat([{{"role": "user", "content": "Hello!"}}]))
 *Name the licence of the model here. That of the data, and what it asks of those who use it, comes first.*
 """
 KINDS = {"gpt2": "GPT-2", "modern": "Qwen3-shaped GPT"}
+IMPORTED = "None here: these weights were imported."
 NOT_TOLD = "*Say what it was trained on, how that was cleaned, and under which licences it may be used.*"
 
 
@@ -105,7 +106,7 @@ def card(model: GPT, record: dict[str, Any], records: Records, price_per_hour: f
         samples=f"```\n{records.samples.strip()}\n```" if records.samples else "*No samples were kept.*",
         curve=curve(records.metrics),
         data=data_section(records.metadata) + fingerprint(record),
-        cost=cost_section(model, record, records.events, price_per_hour),
+        cost=IMPORTED if record.get("imported") else cost_section(model, record, records.events, price_per_hour),
     )
 
 

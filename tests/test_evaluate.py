@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -90,7 +91,7 @@ def test_perplexity_equals_transformers(length, stride):
         n_asked, previous_end = n_asked + n, end
         if end == ids.shape[1]:
             break
-    losses = torch.cat(list(text_losses(model, ids[0].tolist(), length=length, stride=stride, batch=3)))
+    losses = torch.cat(list(text_losses(model, ids[0].numpy(), length=length, stride=stride, batch=3)))
     assert len(losses) == n_asked == 199
     assert math.exp(losses.double().mean()) == pytest.approx(math.exp(nats / n_asked), rel=1e-5)
 
@@ -102,14 +103,14 @@ def test_bits_per_byte_of_a_model_that_knows_nothing(run_folder, tmp_path):
     torch.nn.init.zeros_(model.head.weight)
     args = evaluate.EvaluateFlags()
     ids = tokenizer.encode(TEXT)
-    found = evaluate.score(model, tokenizer, [[tokenizer.end_of_text, *ids]], len(ids) + 1, args)
+    found = evaluate.score(model, tokenizer, [np.array([tokenizer.end_of_text, *ids])], len(ids) + 1, args)
     assert (found.tokens, found.text_bytes) == (len(ids), len(TEXT.encode()))
     assert found.loss == pytest.approx(math.log(tokenizer.vocab_size), rel=1e-6)
     assert found.bits_per_byte == pytest.approx(
         math.log2(tokenizer.vocab_size) * len(ids) / len(TEXT.encode()), rel=1e-6
     )
     chat = tokenizer.render([("user", TEXT), ("assistant", "Hi.")])
-    found = evaluate.score(model, tokenizer, [chat], len(chat), args)
+    found = evaluate.score(model, tokenizer, [np.array(chat)], len(chat), args)
     assert found.tokens == len(chat) - 1
     assert found.text_bytes == len((TEXT + "Hi.").encode())  # four special tokens: no bytes, and no bits
     n_text = len(ids) + len(tokenizer.encode("Hi."))

@@ -69,6 +69,8 @@ def test_transformers_own_folder_goes_there_and_back(given_tokenizer, tmp_path, 
     rows = config.vocab_size
     for name, tensor in load_file(tmp_path / "theirs" / "model.safetensors").items():
         assert torch.equal(again[name][:rows] if name == "transformer.wte.weight" else again[name], tensor), name
+    card = (tmp_path / "again" / "README.md").read_text()
+    assert "these weights were imported" in card
     added = again["transformer.wte.weight"][rows:]
     assert added.shape[0] == 4  # user, assistant, system, end
     assert torch.equal(added[0], again["transformer.wte.weight"][:rows].mean(0))
@@ -112,6 +114,14 @@ def test_training_begins_with_the_imported_weights(folder, corpus, tmp_path):
     assert train(*flags, "--out", run, "--steps", 1, "--batch", 4, "--lr", 0.0) == 0
     trained = load_model(str(run), device="cpu", step=1)[0].state_dict()
     assert all(torch.equal(imported[name], trained[name]) for name in imported)
+
+
+def test_a_run_in_a_bucket(folder, gcs):
+    assert bring(folder, "gs://bucket/run") == 0
+    model, _ = load_model("gs://bucket/run", device="cpu")
+    ours = load_file(folder / "model.safetensors")["transformer.wte.weight"]
+    assert torch.equal(model.wte.weight[: len(ours)], ours)
+    assert "is not empty" in error_of(bring, folder, "gs://bucket/run")
 
 
 def test_data_of_another_tokenizer_is_refused(folder, corpus, data, tmp_path):
