@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from gpt.errors import GPTError
 from gpt.loss import linear_cross_entropy
@@ -95,10 +94,11 @@ class Attention(nn.Module):
         self, x: Tensor, angles: Rotation | None = None, cache: "KVCache | None" = None, layer: int = 0
     ) -> Tensor:
         B, T, C = x.shape
-        heads = self.qkv(x).view(B, T, 3, self.n_head, self.head_width)  # (B, T, 3C) -> (B, T, 3, H, D)
-        q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)  # three of (B, H, T, D)
+        # (B, T, 3C) -> (B, T, 3, H, D) -> three of (B, T, H, D)
+        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, self.head_width).unbind(2)
         if angles is not None:
-            q, k = rotate(self.qk_norm(heads[:, :, :2]), angles).permute(2, 0, 3, 1, 4).unbind(0)
+            q, k = (rotate(x, angles) for x in self.qk_norm(q, k))
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
         if cache is None:
             dropout = self.dropout if self.training else 0.0
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
@@ -150,7 +150,6 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        self.recompute = False  # activations inside the blocks are computed again in the backward pass, not kept
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = None if config.modern else nn.Embedding(config.block_size, config.n_embd)
         self.embedding_dropout = nn.Dropout(config.dropout)
@@ -211,10 +210,7 @@ class GPT(nn.Module):
             angles, x = None, x + self.wpe(positions)
         x = self.embedding_dropout(x)
         for layer, block in enumerate(self.blocks):
-            if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, angles, use_reentrant=False)
-            else:
-                x = block(x, angles, cache, layer)
+            x = block(x, angles, cache, layer)
         return self.ln_f(x)
 
     def num_params(self) -> int:

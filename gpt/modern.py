@@ -20,24 +20,27 @@ Rotation = tuple[Tensor, Tensor]  # cosines and sines
 
 
 def rotation(positions: Tensor, width: int) -> Rotation:
-    """Cosines and sines, float32 (…, T, 1, 1, width / 2), of the angles at positions (…, T).
+    """Cosines and sines, float32 (…, T, 1, width / 2), of the angles at positions (…, T).
 
     Made anew in each forward pass, once for all layers: a table would be a buffer to allocate, move and keep in step.
     """
     frequencies = ROTARY_BASE ** (torch.arange(0, width, 2, device=positions.device) / -width)  # (width / 2,)
-    angles = (positions[..., None] * frequencies)[..., None, None, :]
+    angles = (positions[..., None] * frequencies)[..., None, :]
     return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, angles: Rotation) -> Tensor:
-    """Turn each pair (x[i], x[i + D / 2]) of (B, T, …, D) by its position's i-th angle; in x's dtype."""
-    cos, sin = angles
+    """Turn each pair (x[i], x[i + D / 2]) of (B, T, H, D) by its position's i-th angle."""
+    cos, sin = (t.to(x.dtype) for t in angles)
     a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
 class QKNorm(nn.Module):
-    """RMSNorm of every query and key over its head, with one gain for queries and one for keys."""
+    """RMSNorm of every query and key over its head, with one gain for queries and one for keys.
+
+    Not of both at once: a gain that broadcasts over heads took a CPU's backward pass 13 ms where this takes 6.
+    """
 
     def __init__(self, head_width: int) -> None:
         super().__init__()
@@ -48,10 +51,10 @@ class QKNorm(nn.Module):
         for gain in (self.q, self.k):
             nn.init.ones_(gain)
 
-    def forward(self, qk: Tensor) -> Tensor:
-        """(B, T, 2, H, D), queries first; both in one pass."""
-        gains = torch.stack((self.q, self.k))[:, None]  # (2, 1, D)
-        return F.rms_norm(qk, qk.shape[-1:], eps=NORM_EPS) * gains.to(qk.dtype)
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Both (…, D)."""
+        q, k = (F.rms_norm(x, gain.shape, gain.to(x.dtype), NORM_EPS) for x, gain in ((q, self.q), (k, self.k)))
+        return q, k
 
 
 class GatedMLP(nn.Module):

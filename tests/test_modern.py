@@ -36,10 +36,10 @@ def test_logits_equal_transformers(shape):
 
 
 def test_a_rotated_product_depends_on_the_distance_alone():
-    q, k = torch.randn(2, 1, 12, 1, 1, 8)  # two of (B, T, 1, H, D)
+    q, k = torch.randn(2, 1, 12, 1, 8)  # two of (B, T, H, D)
     q, k = q[:, :1].expand_as(q), k[:, :1].expand_as(k)  # the same query and key at every position
     angles = rotation(torch.arange(12), 8)
-    scores = rotate(q, angles).flatten(1, 3)[0] @ rotate(k, angles).flatten(1, 3)[0].T  # (T, T)
+    scores = rotate(q, angles).flatten(1, 2)[0] @ rotate(k, angles).flatten(1, 2)[0].T  # (T, T)
     for distance in range(-11, 12):
         diagonal = scores.diagonal(distance)
         torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=1e-4, atol=1e-5)
