@@ -12,7 +12,7 @@ from tests.helpers import error_of, result, train
 from tests.test_resume import SMALL, train_until_killed
 from tests.test_step import some_ids, step
 from train import checkpoint
-from train.optim import _step_and_undo, load_optimizer_tensors, make_optimizer, optimizer_tensors
+from train.optim import ADAMW_LR_SCALE, _step_and_undo, load_optimizer_tensors, make_optimizer, optimizer_tensors
 from train.precision import Machine
 
 pytestmark = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch below 2.9 has no Muon")
@@ -42,6 +42,14 @@ def test_muon_has_the_matrices_inside_the_blocks_and_adamw_the_rest(arch):
     assert {"wte.weight", "head.weight", "ln_f.weight"} <= set(of_adamw)
     kinds = {n.rpartition("/")[2] for n in optimizer_tensors(model, optimizer) if n.rpartition("/")[0] in of_muon}
     assert kinds == {"momentum_buffer"}
+
+
+def test_one_learning_rate_leads_both():
+    machine, model, optimizer, scaler = setup()
+    step(machine, model, optimizer, scaler, some_ids())  # at 1e-3
+    muon, adamw = optimizer.parts
+    assert {group["lr"] for group in muon.param_groups} == {1e-3}
+    assert {group["lr"] for group in adamw.param_groups} == {1e-3 * ADAMW_LR_SCALE}
 
 
 def test_a_muon_step_is_of_adamws_size_and_every_direction_counts_alike():

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from cli.errors import UserError
-from train.optim import Optimizer, step_unless
+from train.optim import Optimizer, set_lr, step_unless
 from train.precision import Machine
 
 
@@ -33,8 +33,7 @@ def train_step(
     weights and moments are left as they were. None when `stop` said to leave between two micro-batches: then nothing has
     changed, and the step is still to be done.
     """
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+    set_lr(optimizer, lr)
     loss = torch.zeros((), device=machine.device)
     before = machine.rng_tensors()
     for part in ids.split(micro_batch):
