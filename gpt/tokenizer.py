@@ -84,7 +84,8 @@ class Tokenizer:
         self.reference.encode_special_tokens = True  # special spellings inside text are text
         self.reference.no_truncation()
         self.reference.no_padding()
-        self.vocab_size: int = max(self.reference.get_vocab(with_added_tokens=True).values()) + 1
+        self.vocabulary: dict[str, int] = self.reference.get_vocab(with_added_tokens=True)
+        self.vocab_size: int = max(self.vocabulary.values()) + 1
         self.special_ids = {t: self.reference.token_to_id(t) for t in SPECIAL_TOKENS}
         self.end_of_text, self.end_of_turn = self.special_ids[END_OF_TEXT], self.special_ids[END_OF_TURN]
 

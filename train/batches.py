@@ -106,16 +106,28 @@ class Batches:
         """Windows seen in one pass over the data."""
         return self.order.per_epoch
 
+    def replayed(self, step: int) -> int:
+        """How many rows of this step's batch, its last ones, are of another dataset (train/replay.py)."""
+        return 0
+
+    def position(self, step: int) -> int:
+        """How many windows the steps before `step` read."""
+        return step * self.batch
+
     def batch_at(self, step: int) -> np.ndarray:
         """(batch, block_size + 1) ids of 0-based `step`, in the shards' dtype: inputs are [:, :-1], targets [:, 1:]."""
-        shard, start = self.order.locate(np.arange(step * self.batch, (step + 1) * self.batch, dtype=np.int64))
+        return self.windows(self.position(step), self.position(step + 1))
+
+    def windows(self, begin: int, end: int) -> np.ndarray:
+        """(end - begin, block_size + 1) ids: the windows at these positions in the endless row of epochs."""
+        shard, start = self.order.locate(np.arange(begin, end, dtype=np.int64))
         out = None
         for s in dict.fromkeys(shard.tolist()):  # in reading order: what staging takes for passed has been copied
             mine = shard == s
             # a view of every window there could be: picking rows copies whole windows, without a loop over them
             rows = np.lib.stride_tricks.sliding_window_view(self.shards[s], self.block_size + 1)[start[mine]]
             if out is None:
-                out = np.empty((self.batch, self.block_size + 1), rows.dtype)
+                out = np.empty((end - begin, self.block_size + 1), rows.dtype)
             out[mine] = rows
         return out
 

@@ -158,7 +158,7 @@ def cache_key(config: TrainConfig, shape: GPTConfig, machine: Machine) -> str:
     except metadata.PackageNotFoundError:
         triton = None
     parts = [
-        asdict(shape), config.micro_batch, config.batch % config.micro_batch, config.checkpoint_activations, machine.precision, gpu, triton,
+        asdict(shape), config.lora_rank, config.micro_batch, config.batch % config.micro_batch, config.checkpoint_activations, machine.precision, gpu, triton,
         torch.__version__, torch.version.cuda, platform.python_version(), platform.machine(), platform.libc_ver(), _cpu(),
         [hashlib.sha256(p.read_bytes()).hexdigest() for pattern in SOURCES for p in sorted(ROOT.glob(pattern))],
     ]  # fmt: skip

@@ -52,6 +52,13 @@ class TrainConfig:
     arch: Literal["gpt2", "modern"] = flag(
         "gpt2", "gpt2, or modern: rotary positions, RMSNorm, QK-norm, SwiGLU, no biases (transformers' Qwen3)"
     )
+    init_from: str = flag(
+        "",
+        "a new run begins with the weights of this one: a run folder or URL, or one checkpoint in it; "
+        "its shape and tokenizer bind",
+    )
+    lora_rank: int = flag(0, "tune only adapters of this rank, beside frozen linear layers; 0: all weights")
+    lora_alpha: float = flag(16.0, "adapters count times this / rank")
     n_layer: int | None = flag(None, "layers, instead of the preset's")
     n_head: int | None = flag(None, "attention heads, instead of the preset's")
     n_embd: int | None = flag(None, "width, instead of the preset's")
@@ -61,6 +68,12 @@ class TrainConfig:
     bias: bool = flag(True, "biases in linear layers and LayerNorms; modern has none")
     qkv_bias: bool = flag(True, "biases of the query, key and value projections")
     tied: bool = flag(False, "output head shares the embedding's weights")
+
+    loss_on: Literal["all", "assistant"] = flag(
+        "all", "assistant: of conversations only what the assistant says is learnt"
+    )
+    replay: str = flag("", "folder or URL of a second token dataset, what was learnt before, to be kept in mind")
+    replay_share: float = flag(0.0, "share of the sequences that come from --replay, such as 0.1")
 
     steps: int | None = flag(None, "run length in optimizer steps")
     epochs: float | None = flag(None, "run length in passes over the data (default: 1)")
@@ -142,6 +155,7 @@ RUN_LENGTH = ("steps", "epochs", "tokens")
 # what depends on the machine, or on where things lie, is not remembered: an A100's micro-batch would not fit a T4
 FORGOTTEN = (
     "data",
+    "replay",
     "out",
     "resume",
     "dry_run",
@@ -174,6 +188,7 @@ LOGGING = (
 )
 FREE = frozenset({*RUN_LENGTH, *FORGOTTEN, *LOGGING})
 SHAPE = ("model", "arch", "n_layer", "n_head", "n_embd", "n_ff", "block_size", "bias", "qkv_bias", "tied")
+TUNING_BATCH = 64  # a chat dataset is small: larger steps would be few
 
 # model -> (sequences per step, peak learning rate). The two GPT-2 sizes have the learning rates of GPT-3's table 2.1 (Brown
 # et al. 2020) at half its batch tokens. The others are starting points: only `small` was tried on real dialogue.
@@ -192,7 +207,8 @@ def check(config: TrainConfig) -> None:
     at_least = {"steps": 1, "epochs": 0, "tokens": 1, "batch": 1, "micro_batch": 1, "warmup": 0, "lr": 0, "clip": 0,
                 "weight_decay": 0, "log_every": 1, "eval_every": 0, "eval_tokens": 1, "sample_every": 0,
                 "save_every": 0, "save_every_minutes": 0, "preemption_minutes": 0, "max_unsaved_minutes": 0,
-                "max_skipped": 1, "grace_seconds": 0, "price_per_hour": 0, "keep": 1, "block_size": 1, "cache_limit": 1}  # fmt: skip
+                "max_skipped": 1, "grace_seconds": 0, "price_per_hour": 0, "keep": 1, "block_size": 1, "cache_limit": 1,
+                "lora_rank": 0, "lora_alpha": 0}  # fmt: skip
     for name, least in at_least.items():
         value = getattr(config, name)
         if value is not None and value != AUTO and not value >= least:
@@ -201,8 +217,22 @@ def check(config: TrainConfig) -> None:
         value = getattr(config, name)
         if not 0 <= value <= 1 or (value == 1 and name.startswith("beta")):
             raise UserError(f"--{name.replace('_', '-')} {value}: expected 0 to 1")
+    if not 0 <= config.replay_share < 1:
+        raise UserError(f"--replay-share {config.replay_share}: expected 0 up to, but not including, 1")
+    if config.init_from != fs.redact(config.init_from):
+        raise UserError("--init-from: give the secret of a URL by the environment, the run would remember it")
     if not 0 <= config.seed < 2**60:
         raise UserError(f"--seed {config.seed}: expected 0 to 2**60")
+
+
+def check_tuning(config: TrainConfig) -> None:
+    """Refuse settings that do not go together; on resume some of them come from the checkpoint. Raises UserError."""
+    if bool(config.replay) != (config.replay_share > 0):
+        raise UserError("--replay DIR and --replay-share, such as 0.1, go together: give both, or none")
+    if config.lora_rank and not config.init_from:
+        raise UserError("--lora-rank tunes what is there already: name it with --init-from")
+    if config.lora_rank and config.optimizer != "adamw":
+        raise UserError(f"--lora-rank with --optimizer {config.optimizer}: adapters are for adamw")
 
 
 def with_places(config: TrainConfig) -> TrainConfig:
@@ -226,6 +256,10 @@ def with_recipe(config: TrainConfig, device_type: str) -> TrainConfig:
     """Model, batch and learning rate chosen where they were left open."""
     model = config.model if config.model != "auto" else "gpt2_small" if device_type == "cuda" else "small"
     batch, lr = RECIPES.get(model, (32, 1e-3))
+    if config.init_from:
+        # a tenth keeps what was learnt; adapters want ten times more than all weights (Schulman et al., "LoRA Without
+        # Regret", 2025)
+        batch, lr = min(batch, TUNING_BATCH), lr if config.lora_rank else lr / 10
     return dataclasses.replace(
         config,
         model=model,
@@ -275,6 +309,19 @@ def merge_resumed(
     values |= {name: getattr(config, name) for name in given & free}
     values |= {name: getattr(config, name) for name in FORGOTTEN}
     return TrainConfig(**values)
+
+
+def begin_with(stored: dict[str, Any], config: TrainConfig, given: frozenset[str]) -> TrainConfig:
+    """The settings with the shape of the run whose weights are begun with.
+
+    Raises UserError naming both values where a given flag contradicts it.
+    """
+    values = {name: value for name, value in _checked(stored).items() if name in SHAPE}
+    for name in sorted(given & values.keys()):
+        if getattr(config, name) != values[name]:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: the run of --init-from has "
+                            f"{values[name]}: leave the flag out")  # fmt: skip
+    return dataclasses.replace(config, **values)
 
 
 def merge_begun(stored: dict[str, Any], config: TrainConfig, given: frozenset[str]) -> TrainConfig:

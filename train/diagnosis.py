@@ -10,10 +10,10 @@ from train.precision import Machine
 from train.state import State
 
 
-def diagnose(state: State, ids: Tensor, *, micro_batch: int, machine: Machine) -> list[str]:
+def diagnose(state: State, ids: Tensor, targets: Tensor, *, micro_batch: int, machine: Machine) -> list[str]:
     """The numbers at the end, and where the first that is none comes from, in at most three lines.
 
-    Runs the last batch, (batch, block + 1), again without a loss scale; its gradients are dropped.
+    Runs the last batch, (batch, block + 1) and (batch, block), again without a loss scale; its gradients are dropped.
     """
     model, lr, good = state.model, state.optimizer.param_groups[0]["lr"], state.guard.last_good
     scale = f"; loss scale {state.scaler.get_scale():g}" if state.scaler.is_enabled() else ""
@@ -26,9 +26,9 @@ def diagnose(state: State, ids: Tensor, *, micro_batch: int, machine: Machine) -
     wrong_outputs: list[str] = []
     hooks = [m.register_forward_hook(_watch(name or "the loss", wrong_outputs)) for name, m in model.named_modules()]
     try:
-        for part in ids.split(micro_batch):
+        for part, wanted in zip(ids.split(micro_batch), targets.split(micro_batch), strict=True):
             with machine.autocast():
-                loss = model(part[:, :-1], part[:, 1:]) * (len(part) / len(ids))
+                loss = model(part[:, :-1], wanted) * (len(part) / len(ids))
             loss.backward()
         gradients = {name: p.grad for name, p in weights.items() if p.grad is not None}
     except torch.OutOfMemoryError:  # uncompiled it takes more, and this is only for information

@@ -135,10 +135,23 @@ def describe(
     )
     print(f"run        {total} steps of {config.batch} x {config.block_size} tokens = {count(tokens)} tokens, "
           f"{tokens / n_train:.2f} epochs; micro-batch {config.micro_batch}{recomputed}; {config.optimizer}, peak lr {config.lr:g}, {config.schedule}")  # fmt: skip
+    if config.init_from:
+        print(f"tunes      {tuning(config, state)}")
     print(f"machine    {machine.name}, {machine.precision}, torch {torch.__version__}, compile "
           f"{'on' if machine.compile else 'off'}, {torch.get_num_threads()} threads")  # fmt: skip
     begin = f"goes on from step {state.step}" if state.step else "starts"
     print(f"out        {fs.redact(folder.url)}: run {folder.run_id}, attempt {folder.attempt}, {begin}", flush=True)
+
+
+def tuning(config: TrainConfig, state: State) -> str:
+    """What is tuned, how, and on what the loss is."""
+    parts = [f"{state.base['checkpoint']} of {config.init_from}", f"loss on {config.loss_on}"]
+    if config.lora_rank:
+        tuned = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
+        parts.append(f"LoRA of rank {config.lora_rank}, alpha {config.lora_alpha:g}: {count(tuned)} parameters")
+    if config.replay:
+        parts.append(f"{config.replay_share:.0%} of the sequences from {fs.redact(config.replay)}")
+    return "; ".join(parts)
 
 
 def show_samples(

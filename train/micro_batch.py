@@ -183,7 +183,7 @@ class MicroBatch:
 def _note_path(config: TrainConfig, shape: GPTConfig, machine: Machine) -> Path:
     """Where the size is kept; the name holds all that decides which one fits."""
     parts = [asdict(shape), machine.name, _memory_bytes(machine), machine.precision, machine.compile, torch.__version__, config.optimizer,
-             config.batch,
+             config.batch, config.lora_rank,
              config.checkpoint_activations == "on"]  # fmt: skip
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
     return (config.cache_folder or default_cache()) / "micro-batch" / f"{key}.json"

@@ -77,7 +77,8 @@ def make_adamw(
 
     Fused where torch has the kernel: one launch for all tensors instead of one each.
     """
-    return _adamw(list(model.parameters()), lr=lr, betas=betas, weight_decay=weight_decay, device_type=device_type)
+    moving = [p for p in model.parameters() if p.requires_grad]  # with LoRA most are frozen
+    return _adamw(moving, lr=lr, betas=betas, weight_decay=weight_decay, device_type=device_type)
 
 
 def _adamw(
@@ -139,6 +140,7 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tenso
     return {
         f"{name}/{key}": value
         for name, parameter in model.named_parameters()
+        if parameter.requires_grad
         for key, value in state[parameter].items()
     }
 

@@ -25,7 +25,6 @@ from store import fs
 from store.errors import NotFound
 from train import checkpoint, checks, estimate
 from train import config as settings
-from train.batches import Batches
 from train.checks import Check
 from train.config import AUTO, TrainConfig
 from train.data import Data, available_bytes, open_data, same_data
@@ -36,6 +35,7 @@ from train.micro_batch import CPU_TOKENS, largest_divisor
 from train.precision import Machine, choose_machine
 from train.preempt import SIGNALS
 from train.prices import GPUS, Gpu
+from train.weights import load_weights
 
 STEPS = 3  # of the rehearsal's first half
 MEASURE_S = 10.0  # of training in its second half, for a rate to be trusted
@@ -116,7 +116,7 @@ def main(config: TrainConfig, given: frozenset[str]) -> int:
 
 def _plan(config: TrainConfig, given: frozenset[str], found: list[Check]) -> Plan | None:
     """The run as it would begin, read without writing or locking anything. What hinders it goes to `found`."""
-    machine = data = None
+    machine = data = base = None
     step, record = 0, None
     try:
         folder = RunFolder(config.out, config.cache_folder)
@@ -128,6 +128,10 @@ def _plan(config: TrainConfig, given: frozenset[str], found: list[Check]) -> Pla
                 config = settings.merge_resumed(record["config"], config, given)
             elif folder.stored_config:
                 config = settings.merge_begun(folder.stored_config, config, given)
+        settings.check_tuning(config)
+        if config.init_from and not record:
+            base = load_weights(config.init_from)
+            config = settings.begin_with(base.record["config"], config, given)
         settings.check(config)
     except USER_ERRORS as e:
         found.append(Check("settings", str(e), ok=False))
@@ -136,9 +140,9 @@ def _plan(config: TrainConfig, given: frozenset[str], found: list[Check]) -> Pla
     except USER_ERRORS as e:
         found.append(Check("device", str(e), ok=False))
     try:
-        data = open_data(config)
+        data = open_data(config, base.tokenizer if base else None)
         if record:
-            same_data(record, data.tokens)
+            same_data(record, data)
         shards = data.tokens.shards
         found.append(Check("data", f"{fs.redact(config.data)}: {len(shards)} shards are there, "
                            f"{count(sum(s.stored_bytes for s in shards))}B"))  # fmt: skip
@@ -149,9 +153,7 @@ def _plan(config: TrainConfig, given: frozenset[str], found: list[Check]) -> Pla
     try:
         config = settings.with_recipe(config, machine.device.type)
         shape = settings.model_config(config, data.tokens.vocab_size)
-        batches = Batches(
-            data.train, block_size=config.block_size, batch=config.batch, seed=config.seed, lengths=data.train.lengths
-        )
+        batches = data.batches(config)
     except USER_ERRORS as e:
         found.append(Check("settings", str(e), ok=False))
         return None

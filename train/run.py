@@ -44,6 +44,8 @@ from train.saver import Saver, Unsaved
 from train.schedule import learning_rate
 from train.state import State, checkpoint_fits, new_state, restore, state_record, state_tensors
 from train.step import to_device, train_step, validation_loss
+from train.targets import make_targets
+from train.weights import load_weights
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -93,19 +95,21 @@ def start(config: TrainConfig, given: frozenset[str], folder: RunFolder, stop: S
         folder.stored_config
     ):  # begun, and killed before its first checkpoint: nothing binds yet, but flags can be left out
         config = settings.merge_begun(folder.stored_config, config, given)
+    settings.check_tuning(config)
+    base = load_weights(config.init_from) if config.init_from and not found else None
+    if base:
+        config = settings.begin_with(base.record["config"], config, given)
     settings.check(config)
     machine = choose_machine(config.device, config.precision, config.compile)
     config = settings.with_recipe(config, machine.device.type)
 
     began_s = time.monotonic()
-    data = open_data(config)
+    data = open_data(config, base.tokenizer if base else None)
     data_s = time.monotonic() - began_s
     if found:
-        same_data(found.state, data.tokens)
+        same_data(found.state, data)
     shape = settings.model_config(config, data.tokens.vocab_size)
-    batches = Batches(
-        data.train, block_size=config.block_size, batch=config.batch, seed=config.seed, lengths=data.train.lengths
-    )
+    batches = data.batches(config)
     total = settings.total_steps(config, batches.windows_per_epoch)
     config = dataclasses.replace(
         config,
@@ -116,7 +120,8 @@ def start(config: TrainConfig, given: frozenset[str], folder: RunFolder, stop: S
     data.begin(config, batches, found.state["step"] if found else 0, total)  # shards come while the model is made
 
     torch.manual_seed(config.seed)
-    state = new_state(config, shape, machine)
+    state = new_state(config, shape, machine, base)
+    del base  # as with `found` below
     if found:
         restore(state, found, machine)
     micro = MicroBatch(config, state, machine, folder)
@@ -132,6 +137,8 @@ def start(config: TrainConfig, given: frozenset[str], folder: RunFolder, stop: S
         print(f"stopped by {stop.name} with nothing new to save; the same command with --resume goes on")
         return STOPPED
     data_s += time.monotonic() - began_s
+    if config.loss_on == "assistant" and data.first and not data.chat:
+        raise UserError(f"--loss-on assistant: {config.data} holds no conversations: leave the flag out")
     folder.open(
         settings.stored_form(config), data.tokenizer.json_text,
         step=state.step, val_due=state.val_due, machine=machine.name, model=config.model, data_s=round(data_s, 3),
@@ -158,7 +165,7 @@ def start(config: TrainConfig, given: frozenset[str], folder: RunFolder, stop: S
         print(f"error: {e}", file=sys.stderr)
         return FENCED if isinstance(e, Fenced) else UNSAVED
     finally:
-        data.staging.close()
+        data.close()
 
 
 def train(
@@ -179,6 +186,7 @@ def train(
         steps_per_epoch=batches.windows_per_epoch / config.batch,
     )  # fmt: skip
 
+    choose = make_targets(config.loss_on, data.tokenizer)
     missing: StoreError | UserError | None = None
 
     def feed() -> Iterator[np.ndarray]:
@@ -196,7 +204,9 @@ def train(
 
     def validate() -> float | None:
         with log.pause("evaluated", step=state.step):
-            loss = stop.unless_stopped(lambda: micro.run(validation_loss, model, windows, machine=machine, stop=stop))
+            loss = stop.unless_stopped(
+                lambda: micro.run(validation_loss, model, windows, machine=machine, stop=stop, choose=choose)
+            )
         state.val_due = loss is None and (stop() or micro.fault is not None)
         if loss is not None and not math.isfinite(loss):
             folder.warn(f"the validation loss at step {state.step} is not a number")
@@ -212,10 +222,11 @@ def train(
         saver.check()
         folder.lease.renew(step=state.step)
         ids = to_device(host_ids, machine)  # (batch, block + 1)
+        targets = choose(ids, batches.replayed(state.step))  # (batch, block), -100 for what is not to be learnt
         lr, begin_s = rate(config, state.step, total), time.monotonic()
         loss, norm = micro.run(
             train_step, model, forward, state.optimizer, state.scaler, ids,
-            lr=lr, clip=config.clip, machine=machine, stop=stop,
+            lr=lr, clip=config.clip, machine=machine, stop=stop, targets=targets,
         ) or (None, None)  # fmt: skip
         if loss is None:
             break
@@ -256,7 +267,7 @@ def train(
         saver.wait()
         folder.event("diverged", step=state.step)
         print(f"error: {state.guard.fault}; the newest checkpoint is {saver.newest()}", file=sys.stderr)
-        for line in diagnose(state, ids, micro_batch=micro.size, machine=machine):
+        for line in diagnose(state, ids, targets, micro_batch=micro.size, machine=machine):
             print(f"  {line}", file=sys.stderr)
         print(f"  start a new run with a lower --lr than {config.lr:g}", file=sys.stderr)
         return DIVERGED

@@ -2,11 +2,12 @@
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from gpt import lora
 from gpt.model import GPT, GPTConfig
 from store.errors import DataError
 from train import checkpoint
@@ -15,6 +16,9 @@ from train.data import Data
 from train.guard import Guard, first_nonfinite
 from train.optim import Optimizer, load_optimizer_tensors, make_optimizer, optimizer_tensors
 from train.precision import Machine
+
+if TYPE_CHECKING:
+    from train.weights import Weights
 
 
 @dataclass
@@ -29,6 +33,7 @@ class State:
     elapsed_s: float = 0.0  # of all attempts
     val_loss: float | None = None  # the last one measured
     val_due: bool = False  # a signal came in the validation after this step: it is still to be done
+    base: dict[str, Any] | None = None  # the checkpoint whose weights the run began with
 
 
 def checkpoint_fits(found: checkpoint.Checkpoint, shape: GPTConfig) -> None:
@@ -44,14 +49,22 @@ def checkpoint_fits(found: checkpoint.Checkpoint, shape: GPTConfig) -> None:
                         "restore an older checkpoint, or give another --out")  # fmt: skip
 
 
-def new_state(config: TrainConfig, shape: GPTConfig, machine: Machine) -> State:
-    """Fresh weights, the same on every machine for one seed: they are drawn on the CPU."""
-    model = GPT(shape).to(machine.device)
+def new_state(
+    config: TrainConfig, shape: GPTConfig, machine: Machine, base: "Weights | None" = None
+) -> State:  # fmt: skip
+    """Fresh weights, the same on every machine for one seed: they are drawn on the CPU. Or those of `base`."""
+    model = GPT(shape)
+    if base:
+        model.load_state_dict(base.tensors)
+    if config.lora_rank:
+        lora.add_adapters(model, rank=config.lora_rank, alpha=config.lora_alpha)
+    model = model.to(machine.device)
     optimizer = make_optimizer(
         config.optimizer, model, lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay,
         device_type=machine.device.type,
     )  # fmt: skip
-    return State(model, optimizer, machine.grad_scaler(), Guard(config.max_skipped))
+    origin = {"checkpoint": base.name, "sha256": base.sha256} if base else None
+    return State(model, optimizer, machine.grad_scaler(), Guard(config.max_skipped), base=origin)
 
 
 def state_tensors(state: State, machine: Machine) -> dict[str, dict[str, Tensor]]:
@@ -75,7 +88,8 @@ def state_record(config: TrainConfig, state: State, data: Data, machine: dict[st
         "guard": state.guard.record(),
         "config": stored_form(config),
         "model": asdict(state.model.config),
-        "data": {"fingerprint": data.tokens.fingerprint, "vocab_size": data.tokens.vocab_size},
+        "data": data.record(),
+        "base": state.base,
         "machine": machine,
     }
 
@@ -110,6 +124,7 @@ def restore(state: State, found: checkpoint.Checkpoint, machine: Machine) -> Non
             raise DataError(f"state.json: not the state of a GradScaler ({e!r})") from e
     state.step, state.elapsed_s = found.state["step"], found.state["elapsed_s"]
     state.val_loss, state.val_due = found.state["val_loss"], bool(found.state.get("val_due"))
+    state.base = found.state.get("base")
     state.guard.load({k: int(_number(v)) for k, v in found.state.get("guard", {}).items()})
     machine.set_rng_tensors(rng)
 

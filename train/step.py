@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from cli.errors import UserError
 from train.optim import Optimizer, set_lr, step_unless
 from train.precision import Machine
+from train.targets import EVERY, Targets, counted
 
 
 def to_device(ids: np.ndarray, machine: Machine) -> Tensor:
@@ -24,10 +25,11 @@ def to_device(ids: np.ndarray, machine: Machine) -> Tensor:
 def train_step(
     model: nn.Module, forward: Callable[[Tensor, Tensor], Tensor], optimizer: Optimizer,
     scaler: torch.amp.GradScaler, ids: Tensor, *, micro_batch: int, lr: float, clip: float, machine: Machine,
-    stop: Callable[[], bool],
+    stop: Callable[[], bool], targets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
     """Forward and backward over micro-batches of `ids` (batch, block + 1), clip, step.
 
+    `targets`: (batch, block), -100 where nothing is to be learnt; None: the next ids, all of them.
     `forward` is the model or its compiled form. Returns the mean loss and the gradient norm before clipping, () fp32 on
     the device: reading them is left to the caller, because it makes the host wait. Where one of them is not finite,
     weights and moments are left as they were. None when `stop` said to leave between two micro-batches: then nothing has
@@ -36,14 +38,16 @@ def train_step(
     set_lr(optimizer, lr)
     loss = torch.zeros((), device=machine.device)
     before = machine.rng_tensors()
-    for part in ids.split(micro_batch):
+    targets = ids[:, 1:] if targets is None else targets
+    learnt = counted(targets).clamp(min=1)
+    for part, wanted in zip(ids.split(micro_batch), targets.split(micro_batch), strict=True):
         if stop():  # a step of many micro-batches can last longer than the grace before the kill
             optimizer.zero_grad(set_to_none=True)
             machine.set_rng_tensors(before)
             return None
         with machine.autocast():
-            # the last micro-batch may be smaller: each counts by its sequences, so any micro-batch gives the same mean
-            part_loss = forward(part[:, :-1], part[:, 1:]) * (len(part) / len(ids))
+            # each micro-batch counts by the targets in it, so that any size of it gives the same mean
+            part_loss = forward(part[:, :-1], wanted) * (counted(wanted) / learnt)
         scaler.scale(part_loss).backward()
         loss += part_loss.detach()
     scaler.unscale_(optimizer)
@@ -60,20 +64,24 @@ def train_step(
 
 @torch.no_grad()
 def validation_loss(
-    model: nn.Module, windows: np.ndarray, *, micro_batch: int, machine: Machine, stop: Callable[[], bool]
-) -> float | None:
-    """Mean loss over (n, block + 1) ids; None when there are none or `stop` says to leave."""
+    model: nn.Module, windows: np.ndarray, *, micro_batch: int, machine: Machine, stop: Callable[[], bool],
+    choose: Targets = EVERY,
+) -> float | None:  # fmt: skip
+    """Mean loss over what is learnt of (n, block + 1) ids; None when there is nothing or `stop` says to leave."""
     if not len(windows):
         return None
     model.eval()
-    total = torch.zeros((), device=machine.device)
+    total, sequences = torch.zeros((), device=machine.device), torch.zeros((), device=machine.device)
     try:
         for part in np.array_split(windows, -(-len(windows) // micro_batch)):
             if stop():
                 return None
             ids = to_device(part, machine)
+            targets = choose(ids)
+            weight = counted(targets) / targets.shape[1]  # in whole sequences: n of them count as n exactly
             with machine.autocast():
-                total += model(ids[:, :-1], ids[:, 1:]) * len(part)
+                total += model(ids[:, :-1], targets) * weight
+            sequences += weight
     finally:
         model.train()
-    return float(total / len(windows))
+    return float(total / sequences) if sequences else None
