@@ -7,7 +7,8 @@ if __name__ == "__main__":  # Python put this file's folder first in sys.path: t
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import contextlib
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 
 from cli import flags
 from cli.flags import flag
@@ -15,9 +16,33 @@ from gpt.errors import GPTError
 from gpt.model import GPT
 from gpt.tokenizer import Tokenizer
 from scripts import sample
+from scripts.answering import Answer, fit
 from scripts.loading import load_model
+from store.shards import default_cache
 
-HELP = "/new starts over, /temperature X and /seed N change the sampling, /quit leaves"
+HELP = """\
+/regenerate      answer again            /temperature X   randomness; 0: always the likeliest
+/clear           begin anew              /top-k N         among the N likeliest tokens; off: all
+/system TEXT     how to behave; or off   /top-p X         among the likeliest of this much probability; off
+/help            this                    /max-tokens N    longest answer
+/quit            leave, like Ctrl-D      /seed N          the same answer every time; off
+Ctrl-C stops an answer. A message of several lines begins and ends with \"\"\"."""
+HISTORY_LINES = 1000
+
+
+def whole_or_off(text: str) -> int | None:
+    """A whole number, or `off`. Raises ValueError."""
+    return None if text == "off" else flags.number(text)
+
+
+def real_or_off(text: str) -> float | None:
+    """A number, or `off`. Raises ValueError."""
+    return None if text == "off" else flags.real(text)
+
+
+SETTINGS = {
+    "/temperature": flags.real, "/top-k": whole_or_off, "/top-p": real_or_off, "/max-tokens": flags.number, "/seed": whole_or_off,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -27,73 +52,155 @@ class ChatFlags(sample.SampleFlags):
     system: str = flag("", "a message that begins the conversation, telling the model how to behave")
 
 
+@dataclass
+class Chat:
+    """A conversation and the settings of its next answer."""
+
+    model: GPT
+    tokenizer: Tokenizer
+    args: ChatFlags
+    turns: list[tuple[str, str]] = field(default_factory=list)  # without the system message
+    tries: int = 0  # answers to the last message so far
+
+    def say(self, message: str) -> None:
+        """Answer a message. Ctrl-C ends the answer; what was said until then stays part of the conversation."""
+        self.turns.append(("user", message))
+        self.tries = 0
+        self.answer()
+
+    def answer(self) -> None:
+        """Stream the model's turn to the terminal."""
+        said, interactive = "", sys.stdin.isatty()
+        try:
+            pieces = self.pieces()
+            print("model  ", end="", flush=True) if interactive else None
+            for piece in pieces:
+                said += piece
+                print(printable(piece), end="", flush=True)
+        except KeyboardInterrupt:
+            pass
+        except GPTError as e:  # too long a message: say so, and forget it
+            print(e)
+            self.turns.pop()
+            return
+        print()
+        self.tries += 1
+        self.turns.append(("assistant", said))
+
+    def pieces(self) -> Answer:
+        """The answer to the conversation as it stands. Raises GPTError."""
+        args, block_size = self.args, self.model.config.block_size
+        system = [("system", args.system)] if args.system else []
+        ids, left_out = fit(self.tokenizer, [*system, *self.turns], block_size=block_size, answer=args.max_tokens)
+        if left_out:
+            print(
+                f"(the context of {block_size} tokens is full: the {left_out} oldest turns are left out)",
+                file=sys.stderr,
+            )
+        seed = None if args.seed is None else args.seed + self.tries  # another try is to give another answer
+        return sample.answer(self.model, self.tokenizer, ids, replace(args, seed=seed), most=block_size - len(ids))
+
+    def command(self, line: str) -> bool:
+        """Do what a line that begins with / asks; False to leave."""
+        name, _, value = line.partition(" ")
+        value = value.strip()
+        if name == "/quit":
+            return False
+        if name == "/clear":
+            self.turns.clear()
+        elif name == "/regenerate":
+            if self.turns:
+                self.turns.pop()
+                self.answer()
+            else:
+                print("there is no answer yet")
+        elif name == "/system":
+            if value:
+                self.args = replace(self.args, system="" if value == "off" else value)
+            print(f"system: {self.args.system or 'off'}")
+        elif name in SETTINGS:
+            self.set(name, value)
+        else:
+            print(HELP)
+        return True
+
+    def set(self, name: str, value: str) -> None:
+        """Change a sampling setting, or show it."""
+        key = name[1:].replace("-", "_")
+        if value:
+            try:
+                changed = replace(self.args, **{key: SETTINGS[name](value)})
+                sample.answer(self.model, self.tokenizer, [0], changed)  # refuses what makes no sense
+                self.args = changed
+            except (ValueError, GPTError) as e:
+                print(e if isinstance(e, GPTError) else f"{value!r} is not a number")
+                return
+        now = getattr(self.args, key)
+        print(f"{name[1:]}: {'off' if now is None else now}")
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Read a message, stream the reply, remember both; until /quit or end of input."""
+    """Read a message, stream the answer, remember both; until /quit or the end of the input."""
     args, _ = flags.parse(ChatFlags, argv, prog="chat.py", description=__doc__)
     model, tokenizer = load_model(args.run, device=args.device, step=args.step)
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401 - importing it gives input() line editing and history
-    print(f"{model.num_params() / 1e6:.1f} M parameters, context {model.config.block_size} tokens. {HELP}")
-    begin = [("system", args.system)] if args.system else []
-    history = list(begin)
-    while True:
-        try:
-            message = input("\nyou   ").strip()
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return 0
-        if message.startswith("/"):
-            if message == "/quit":
-                return 0
-            if message == "/new":
-                history = list(begin)
-            else:
-                args = change_setting(args, message)
-        elif message:
-            history.append(("user", message))
+    chat = Chat(model, tokenizer, args)
+    interactive = sys.stdin.isatty()
+    with remembered_lines() if interactive else contextlib.nullcontext():
+        if interactive:
+            print(
+                f"{model.num_params() / 1e6:.1f} M parameters, context {model.config.block_size} tokens; /help, /quit"
+            )
+        while True:
             try:
-                history.append(("assistant", reply(model, tokenizer, history, args)))
-            except GPTError as e:  # a setting that makes no sense: say so, and let it be changed
-                print(e)
-                history.pop()
+                message = read_message(interactive)
+                if message.startswith("/"):
+                    if not chat.command(message):
+                        return 0
+                elif message:
+                    chat.say(message)
+            except EOFError:
+                return 0
+            except KeyboardInterrupt:
+                print("\n(/quit or Ctrl-D leaves)")
 
 
-def reply(model: GPT, tokenizer: Tokenizer, history: list[tuple[str, str]], args: ChatFlags) -> str:
-    """Stream the model's next turn to the terminal and return it; Ctrl-C ends the turn, not the chat."""
-    print("model ", end="", flush=True)
-    said = ""
+def read_message(interactive: bool) -> str:
+    """The next message: a line, several between \"\"\", or what was pasted. Raises EOFError at the end."""
+    if interactive:
+        print()
+    message = input("you    " if interactive else "").strip()
+    if message.startswith('"""'):
+        message = message[3:]
+        while not message.rstrip().endswith('"""'):
+            message += "\n" + input("       " if interactive else "")
+        message = message.rstrip()[:-3].strip()
+    return message
+
+
+@contextlib.contextmanager
+def remembered_lines() -> Iterator[None]:
+    """Line editing, with the lines of earlier chats; a paste of several lines is one message (readline's bracketed paste)."""
     try:
-        for piece in sample.answer(
-            model, tokenizer, fit(tokenizer, history, model.config.block_size, args.max_tokens), args
-        ):
-            said += piece
-            print(piece, end="", flush=True)
-    except KeyboardInterrupt:
-        pass
-    print()
-    return said
-
-
-def fit(tokenizer: Tokenizer, history: list[tuple[str, str]], block_size: int, max_tokens: int) -> list[int]:
-    """Ids of the conversation; oldest turns are left out until a reply fits into the context with the rest."""
-    system, turns = history[: history[0][0] == "system"], history[history[0][0] == "system" :]
-    while True:
-        ids = tokenizer.render([*system, *turns], reply=True)
-        if len(ids) + min(max_tokens, block_size // 2) <= block_size or len(turns) == 1:
-            return ids
-        turns = turns[2:] if len(turns) > 2 else turns[-1:]
-
-
-def change_setting(args: ChatFlags, command: str) -> ChatFlags:
-    """The flags after `/temperature 0.5` or `/seed 3`; anything else prints the help."""
-    name, _, value = command[1:].partition(" ")
-    kinds = {"temperature": flags.real, "seed": int}
+        import readline
+    except ImportError:  # Windows
+        yield
+        return
+    path = default_cache() / "chat-history"
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        readline.read_history_file(path)
+    readline.set_history_length(HISTORY_LINES)
+    readline.parse_and_bind("set enable-bracketed-paste on")
     try:
-        args = replace(args, **{name: kinds[name](value)})
-        print(f"{name} is {value}")
-    except (KeyError, ValueError):
-        print(HELP)
-    return args
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            readline.write_history_file(path)
+
+
+def printable(text: str) -> str:
+    """Without control characters: a model's text must not steer the terminal."""
+    return "".join(c for c in text if c.isprintable() or c in "\n\t")
 
 
 if __name__ == "__main__":

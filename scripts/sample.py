@@ -10,15 +10,14 @@ from pathlib import Path
 if __name__ == "__main__":  # Python put this file's folder first in sys.path: the project's root belongs there
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from cli import flags
 from cli.errors import UserError
 from cli.flags import flag
 from gpt.model import GPT
-from gpt.sample import stream
-from gpt.tokenizer import TextStream, Tokenizer
+from gpt.tokenizer import Tokenizer
+from scripts.answering import Answer
 from scripts.loading import load_model
 
 
@@ -68,16 +67,16 @@ def read_prompts() -> list[str]:
     return lines
 
 
-def answer(model: GPT, tokenizer: Tokenizer, ids: list[int], args: "SampleFlags") -> Iterator[str]:
-    """The text that follows `ids`, piece by piece."""
-    text = TextStream(tokenizer)
-    for token in stream(
-        model, ids,
-        max_tokens=args.max_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
-        repetition_penalty=args.repetition_penalty, seed=args.seed,
-        stop_ids=(tokenizer.end_of_turn, tokenizer.end_of_text),
-    ):  # fmt: skip
-        yield text.push(token)
+def answer(model: GPT, tokenizer: Tokenizer, ids: list[int], args: "SampleFlags", *, most: int | None = None) -> Answer:
+    """The text that follows `ids`, to be iterated over: `most` tokens of it where that is less than --max-tokens.
+
+    Raises GPTError for settings that make no sense.
+    """
+    return Answer(
+        model, tokenizer, ids,
+        max_tokens=args.max_tokens if most is None else min(args.max_tokens, most), temperature=args.temperature,
+        top_k=args.top_k, top_p=args.top_p, repetition_penalty=args.repetition_penalty, seed=args.seed,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
