@@ -15,6 +15,7 @@ from pathlib import Path
 if __name__ == "__main__":  # Python put this file's folder first in sys.path: the project's root belongs there
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+import multiprocessing
 import os
 import random
 import shlex
@@ -65,13 +66,54 @@ class SoakFlags:
     out: Literal["local", "gs"] = flag("local", "where the run lives: a folder, or a bucket on loopback")
     every: float = flag(3.0, "mean seconds between misfortunes")
     minutes: float = flag(1.0, "after this long the run is left in peace, to end")
+    count: int = flag(0, "leave it in peace after so many misfortunes, whatever the time; 0: by --minutes alone")
     kinds: tuple[str, ...] = flag((), "only these misfortunes (default: all that are possible)")
+    warm: bool = flag(False, "fork every start from a process that has imported torch, which takes seconds of each")
     seed: int = flag(1, "seed of kinds and moments")
     folder: str = flag("", "where the scratch folder is made (default: where temporary files go)")
 
 
 class Broken(Exception):
     """An invariant does not hold."""
+
+
+FORKS = multiprocessing.get_context("forkserver")
+
+
+class Forked:
+    """A program's process that begins where its imports are done; the part of subprocess.Popen that is used here."""
+
+    def __init__(self, command: list[str], log: Path) -> None:
+        self.process = FORKS.Process(target=_train_here, args=(command[2:], str(log)))
+        self.process.start()
+
+    def poll(self) -> int | None:
+        """The exit code, negative for a signal's; None while it runs."""
+        return self.process.exitcode
+
+    def wait(self, timeout: float) -> int:
+        """The exit code, once it has ended."""
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            raise subprocess.TimeoutExpired("train/run.py", timeout)
+        return self.process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        """Nothing where it has ended."""
+        if self.process.exitcode is None:
+            os.kill(self.process.pid, number)
+
+
+def _train_here(arguments: list[str], log: str) -> None:
+    """train/run.py in this process, as its last lines do it."""
+    from train import clock, preempt, run
+
+    preempt.leave_at_once()
+    clock.START_S = time.monotonic()
+    with open(log, "a") as f:
+        os.dup2(f.fileno(), 1)
+        os.dup2(f.fileno(), 2)
+    flags.run(lambda: run.main(arguments), outlives_stdout=True, at_once=True)
 
 
 @dataclass
@@ -83,7 +125,7 @@ class Soak:
     data: Path
     rng: random.Random
     server: "Bucket | None"
-    process: subprocess.Popen | None = None
+    process: "subprocess.Popen | Forked | None" = None
     starts: int = 0
     attempt: int = 0  # the newest that was seen
     promised: dict[tuple[str, str], int] = field(default_factory=dict)  # (tier, step folder) reported as saved -> step
@@ -120,6 +162,9 @@ class Soak:
         with open(self.folder / "log.txt", "a") as log:
             log.write(f"\n---- start {self.starts}\n")
             log.flush()
+            if self.args.warm:
+                self.process = Forked(self.command(), self.folder / "log.txt")
+                return
             self.process = subprocess.Popen(self.command(), stdout=log, stderr=log, env=self.environment())
 
     def end(self, number: int | None = None) -> int:
@@ -274,6 +319,9 @@ def main(argv: list[str] | None = None) -> int:
         quiet = quiet_run(soak)
         if server:
             os.environ |= server.environment  # this process looks into the bucket too
+        if args.warm:
+            os.environ |= soak.environment()  # read by what is imported there, once for all starts
+            FORKS.set_forkserver_preload(["train.run"])
         begin_s = time.monotonic()
         misfortunes = list(EVERYWHERE) + ([full_disk] if mounted else []) + (list(WITH_BUCKET) if server else [])
         if args.kinds:
@@ -337,7 +385,7 @@ def endure(soak: Soak, misfortunes: list[Callable[[Soak], None]]) -> None:
     """One misfortune after another until the time is over, then peace until the run has ended."""
     end_s = time.monotonic() + 60 * soak.args.minutes
     soak.start()
-    while time.monotonic() < end_s:
+    while time.monotonic() < end_s and (not soak.args.count or soak.done.total() < soak.args.count):
         time.sleep(soak.rng.expovariate(1 / soak.args.every))
         if soak.process.poll() is None:
             misfortune = soak.rng.choice(misfortunes)
