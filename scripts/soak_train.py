@@ -311,12 +311,13 @@ def main(argv: list[str] | None = None) -> int:
     args, _ = flags.parse(SoakFlags, argv, prog="soak_train.py", description=__doc__.split("\n")[0])
     folder = Path(tempfile.mkdtemp(prefix="soak-train-", dir=args.folder or None))
     (folder / "disk").mkdir()
-    mounted = args.out == "local" and mount_small_disk(folder)
+    mounted = mount_small_disk(folder)
     server = Bucket(folder) if args.out == "gs" else None
+    quiet: subprocess.Popen | None = None
     try:
         data = Path(args.data).expanduser().resolve() if args.data else make_data(folder)
         soak = Soak(args, folder, data, random.Random(args.seed), server)
-        quiet = quiet_run(soak)
+        quiet, wait_for_quiet = start_quiet(soak)
         if server:
             os.environ |= server.environment  # this process looks into the bucket too
         if args.warm:
@@ -327,7 +328,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.kinds:
             misfortunes = [m for m in misfortunes if m.__name__ in args.kinds]
         endure(soak, misfortunes)
-        compare(quiet, outcome(soak.out, soak.tier()))
+        compare(wait_for_quiet(), outcome(soak.out, soak.tier()))
         report(soak, time.monotonic() - begin_s)
         return 0
     except Broken as e:
@@ -335,6 +336,8 @@ def main(argv: list[str] | None = None) -> int:
         folder = None
         return 1
     finally:
+        if quiet:
+            quiet.kill()
         if server:
             server.process.send_signal(signal.SIGCONT)
             server.process.kill()
@@ -360,18 +363,21 @@ def make_data(folder: Path) -> Path:
     return folder / "tokens"
 
 
-def quiet_run(soak: Soak) -> dict[str, object]:
-    """What an uninterrupted run gives."""
+def start_quiet(soak: Soak) -> tuple[subprocess.Popen, Callable[[], dict[str, object]]]:
+    """Begin an uninterrupted run beside the other one: (its process, what waits for it and tells its outcome)."""
     out, start_s = soak.folder / "quiet", time.monotonic()
     command = [sys.executable, str(ROOT / "train/run.py"), "--data", str(soak.data), "--out", str(out), "--cache",
-               str(soak.cache), *soak.args.train.split(), "--save-every-minutes", "5"]  # fmt: skip
+               str(soak.folder / "quiet-cache"), *soak.args.train.split(), "--save-every-minutes", "5"]  # fmt: skip
     with open(soak.folder / "quiet.txt", "w") as log:
-        if subprocess.run(command, stdout=log, stderr=log).returncode:
-            raise UserError(f"the quiet run failed: {(soak.folder / 'quiet.txt').read_text()[-400:]}")
-    print(f"quiet run   in {duration(time.monotonic() - start_s)}", flush=True)
-    found = outcome(str(out), out)
-    shutil.rmtree(out)
-    return found
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+
+    def wait() -> dict[str, object]:
+        if process.wait():
+            raise Broken(f"the quiet run failed: {(soak.folder / 'quiet.txt').read_text()[-400:]}")
+        print(f"quiet run   there after {duration(time.monotonic() - start_s)}", flush=True)
+        return outcome(str(out), out)
+
+    return process, wait
 
 
 def outcome(out: str, logs: Path) -> dict[str, object]:
