@@ -187,6 +187,10 @@ class Soak:
             return Path(self.out)
         return next((self.cache / "runs").glob("*"), self.cache / "none")
 
+    def logged_starts(self) -> list[dict[str, object]]:
+        """The starts that events.jsonl tells of."""
+        return [e for e in read_lines(self.tier() / "events.jsonl") if e["event"] == "start"]
+
     def trained(self) -> int:
         """Steps logged so far."""
         return len(read_lines(self.tier() / "metrics.jsonl"))
@@ -407,6 +411,7 @@ def endure(soak: Soak, misfortunes: list[Callable[[Soak], None]]) -> None:
             if code == 0:
                 return
             promised = newest_promised(soak)
+            soak.attempt = max([soak.attempt, *(e["attempt"] for e in soak.logged_starts())])
             soak.start()
             check_start(soak, promised)
     while soak.end() != 0:
@@ -428,9 +433,8 @@ def check_start(soak: Soak, promised: int) -> None:
     """The start that was just made goes on from at least the step that was promised."""
     limit_s = time.monotonic() + 120
     while time.monotonic() < limit_s and soak.process.poll() is None:
-        starts = [e for e in read_lines(soak.tier() / "events.jsonl") if e["event"] == "start"]
+        starts = soak.logged_starts()
         if starts and starts[-1]["attempt"] > soak.attempt:
-            soak.attempt = starts[-1]["attempt"]
             if starts[-1]["step"] < promised:
                 raise Broken(f"went on from step {starts[-1]['step']}, {promised} had been reported as saved")
             return
