@@ -21,6 +21,7 @@ import tempfile
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from cli import flags
@@ -35,6 +36,7 @@ from scripts.loading import load_model, load_record
 from scripts.model_card import read_card
 from scripts.to_gguf import differs, modelfile, write_gguf
 from store import fs
+from store.errors import StoreError
 
 NEXT = {
     "hf": "python -c \"from transformers import pipeline; print(pipeline('text-generation', '{}')"
@@ -72,30 +74,39 @@ def main(argv: list[str] | None = None) -> int:
     record = load_record(args.run, step=args.step)
     card = read_card(args.run, model, record, data=args.data, price_per_hour=args.price_per_hour)
     output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as folder:
-        made = Path(folder) / "model"
-        made.mkdir()
-        if args.to == "hf":
-            write_hf(made, model, tokenizer)
-            (made / "README.md").write_text(card, "utf-8")
-        elif args.to == "gguf":
-            name = f"model-{args.float_type}.gguf"
-            write_gguf(made / name, model, tokenizer, float_type=args.float_type)
-            if note := differs(tokenizer):
-                print(f"note       {note}")
-            (made / "Modelfile").write_text(modelfile(model, name), "utf-8")
-        else:
-            save_file(model.state_dict(), made / "model.safetensors")
-            write_json(made / "model.json", asdict(model.config))
-            (made / "tokenizer.json").write_text(tokenizer.json_text, "utf-8")
-        if output.exists():
-            output.rmdir()
-        os.replace(made, output)
+    try:
+        with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as folder:
+            made = Path(folder) / "model"
+            made.mkdir()
+            write(made, args, model, tokenizer, card)
+            if output.exists():
+                output.rmdir()
+            os.replace(made, output)
+    except (OSError, SafetensorError) as e:
+        raise StoreError(f"--output {output}: cannot be written ({getattr(e, 'strerror', None) or e}): make room there, or name "
+                         "another folder") from e  # fmt: skip
     n_bytes = sum(p.stat().st_size for p in output.iterdir())
     print(f"exported   {output} ({count(n_bytes)}B): step {record['step']}, {count(model.num_params())} parameters")
     if args.to in NEXT:
         print(f"next       {NEXT[args.to].format(output)}")
     return 0
+
+
+def write(folder: Path, args: ExportFlags, model: GPT, tokenizer: Tokenizer, card: str) -> None:
+    """The files of one kind of export into an empty folder."""
+    if args.to == "hf":
+        write_hf(folder, model, tokenizer)
+        (folder / "README.md").write_text(card, "utf-8")
+    elif args.to == "gguf":
+        name = f"model-{args.float_type}.gguf"
+        write_gguf(folder / name, model, tokenizer, float_type=args.float_type)
+        if note := differs(tokenizer):
+            print(f"note       {note}")
+        (folder / "Modelfile").write_text(modelfile(model, name), "utf-8")
+    else:
+        save_file(model.state_dict(), folder / "model.safetensors")
+        write_json(folder / "model.json", asdict(model.config))
+        (folder / "tokenizer.json").write_text(tokenizer.json_text, "utf-8")
 
 
 def bring_here(args: ExportFlags, given: frozenset[str]) -> int:

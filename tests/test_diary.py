@@ -3,7 +3,9 @@ here, or ends in one line with nothing lost."""
 
 import json
 import re
+import resource
 import shutil
+import subprocess
 import sys
 import threading
 
@@ -17,7 +19,7 @@ from gpt.presets import preset
 from gpt.tokenizer import Tokenizer
 from scripts import sample
 from store.shards import TokenShards
-from tests.helpers import ROOT, error_of, prepare, result, train
+from tests.helpers import ROOT, command, error_of, prepare, result, train
 from tests.limited import limit
 from tests.test_resume import SMALL, train_until_killed
 from train.batches import Batches, WindowOrder
@@ -211,6 +213,18 @@ def test_gpu_memory_still_held_after_running_out_of_it(data, tmp_path, monkeypat
 def test_disk_full_because_nothing_was_rotated(run_folder):
     """Ten saves, two of them kept, and the best."""
     assert len(list(run_folder.glob("step-*"))) <= 3
+
+
+@pytest.mark.parametrize("kind", ["hf", "gguf", "torch"])
+def test_volume_quota_exceeded_while_exporting(run_folder, tmp_path, kind):
+    def quota():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    arguments = command("scripts/export.py", "--run", run_folder, "--to", kind, "--output", tmp_path / "exported")
+    done = subprocess.run(arguments, preexec_fn=quota, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_bad_host(data, tmp_path):
