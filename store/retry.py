@@ -125,7 +125,7 @@ def _warn(state: tenacity.RetryCallState) -> None:
 def _one_line(error: BaseException | None) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     text = re.sub(r"://[^/?#\s]*@", "://", re.sub(r"\?\S*", "", text))[:300]
-    return f"{text}: {REMOUNT}" if isinstance(error, OSError) and error.errno in MOUNT_GONE else text
+    return f"{error.strerror}: {REMOUNT}" if isinstance(error, OSError) and error.errno in MOUNT_GONE else text
 
 
 _patience_s: ContextVar[float | None] = ContextVar("patience_s", default=None)

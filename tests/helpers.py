@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from cli.errors import USER_ERRORS
 from prep import tokenize_bpe
@@ -62,6 +63,14 @@ def files(folder: Path) -> dict[str, bytes]:
     """Every file below a folder, by relative name, but for timing.js: the one that differs between equal runs."""
     found = (p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != "timing.js")
     return {str(p.relative_to(folder)): p.read_bytes() for p in found}
+
+
+def save(out: Path, step: int, *, floats: int = 50) -> checkpoint.Manifest:
+    """Commit a state of three times as many floats, another one at every step."""
+    tensors = {n: {"w": torch.full((floats,), float(step))} for n in checkpoint.TENSOR_PARTS}
+    state = {"step": step, "elapsed_s": 1.0, "val_loss": None, "scaler": {}, "config": {}, "model": {},
+             "data": {"fingerprint": "f", "vocab_size": 9}}  # fmt: skip
+    return checkpoint.save(out, step=step, run_id="r", attempt=1, val_loss=None, tensors=tensors, state=state)
 
 
 def result(out: Path) -> dict[str, object]:

@@ -3,22 +3,16 @@
 import errno
 import os
 import shutil
-import subprocess
-import sys
-import threading
-import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from store import drive, fs, retry
 from store.errors import StoreError
 from tests.faulty_disk import OPERATIONS, FaultyDisk
+from tests.helpers import save
 from train import checkpoint
 
-ROOT = Path(__file__).parent.parent
-LAG_S = 0.3  # until a closed file is in the cloud
 OLD, NEW = b"old bytes " * 30, b"new and longer bytes " * 50
 
 
@@ -164,14 +158,6 @@ def test_the_first_name_goes_first_through_a_power_cut(disk):
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
 
 
-def save(out: Path, step: int) -> checkpoint.Manifest:
-    """A small state that is another one at every step."""
-    tensors = {n: {"w": torch.full((50,), float(step))} for n in checkpoint.TENSOR_PARTS}
-    state = {"step": step, "elapsed_s": 1.0, "val_loss": None, "scaler": {}, "config": {}, "model": {},
-             "data": {"fingerprint": "f", "vocab_size": 9}}  # fmt: skip
-    return checkpoint.save(out, step=step, run_id="r", attempt=1, val_loss=None, tensors=tensors, state=state)
-
-
 def test_a_power_cut_at_any_moment_of_saving_and_retaining(tmp_path):
     """What was reported saved loads, or something newer does, in every state that the cut can leave."""
     (tmp_path / "disk").mkdir()
@@ -218,121 +204,3 @@ def test_a_drive_is_not_filled_by_what_was_deleted(tmp_path, monkeypatch, saves)
             checkpoint.retain(str(out), 2)
             checkpoint.retain(str(local), 1)
     assert len(checkpoint.committed(str(out))) == 2
-
-
-# ---- real file systems ----------------------------------------------------------------------------------------------
-
-
-def run(*command: object) -> bool:
-    """Whether this machine has the program and lets us."""
-    try:
-        return subprocess.run([str(c) for c in command], capture_output=True).returncode == 0
-    except FileNotFoundError:
-        return False
-
-
-def test_a_real_file_system_without_its_power(tmp_path):
-    """ext4 on a loop device whose blocks are copied behind its back: what was reported saved is in the copy."""
-    image, mounted, copy = tmp_path / "image", tmp_path / "mounted", tmp_path / "copy"
-    mounted.mkdir()
-    with image.open("wb") as f:
-        f.truncate(16 << 20)
-    if not run("mkfs.ext4", "-q", image) or not run("mount", "-o", "loop", image, mounted):
-        pytest.skip("no loop device here")
-    try:
-        for step in (10, 20):
-            save(mounted / "new" / "out", step)
-            fs.put_bytes(str(mounted / "state"), b"%d" % step)
-            shutil.copyfile(image, copy)  # what the disk was given, not what the kernel still holds
-            assert run("umount", "-l", mounted)
-            assert run("mount", "-o", "loop", copy, mounted)
-            assert (mounted / "state").read_bytes() == b"%d" % step
-            found = checkpoint.load_newest([str(mounted / "new" / "out")], lambda line: None)
-            assert found.manifest.step == step
-            copy.rename(image)
-    finally:
-        run("umount", "-l", mounted)
-
-
-class Mounted:
-    """tests/fuse_drive.py, mounted where this process looks for its Drive."""
-
-    def __init__(self, tmp_path: Path) -> None:
-        self.cloud, self.cache, self.mount = (tmp_path / n for n in ("cloud", "cache", "mount"))
-        for folder in (self.cloud / "files" / "MyDrive", self.cloud / "trash", self.mount):
-            folder.mkdir(parents=True)
-        self.begin()
-
-    def begin(self) -> None:
-        program = [sys.executable, ROOT / "tests" / "fuse_drive.py", self.cloud, self.cache, self.mount, LAG_S]
-        self.process = subprocess.Popen([str(p) for p in program], stderr=subprocess.DEVNULL)
-        deadline_s = time.monotonic() + 10
-        while not os.path.ismount(self.mount) and self.process.poll() is None and time.monotonic() < deadline_s:
-            time.sleep(0.02)
-        if not os.path.ismount(self.mount):
-            pytest.skip("no FUSE here")
-
-    def drop(self) -> None:
-        """What was not in the cloud yet is lost, and every call under the mount fails with error 107."""
-        self.process.kill()
-        self.process.wait()
-
-    def unmount(self) -> None:
-        """What Colab's drive.mount does first."""
-        self.drop()
-        run("umount", "-l", self.mount)
-
-
-@pytest.fixture
-def fuse_drive(tmp_path, monkeypatch):
-    if not os.path.exists("/dev/fuse") or os.geteuid() != 0 or not shutil.which("fusermount3"):
-        pytest.skip("no FUSE here")
-    try:
-        pytest.importorskip("mfusepy")
-    except OSError:
-        pytest.skip("no libfuse here")
-    monkeypatch.setattr(fs, "SETTLE_S", 0.01)
-    mounted = Mounted(tmp_path)
-    monkeypatch.setattr(drive, "MOUNT", mounted.mount)
-    yield mounted
-    mounted.unmount()
-
-
-def test_a_drive_that_lags_and_drops(fuse_drive, tmp_path, monkeypatch):
-    """What is said to be in the cloud survives the mount; the rest may be lost, and what is left is whole all the same."""
-    out, local = fuse_drive.mount / "MyDrive" / "out", tmp_path / "local"
-    checkpoint.upload(local, str(out), save(local, 10))
-    newest = out / checkpoint.committed(str(out))[-1].name / "MANIFEST.json"
-    assert drive.uploaded(newest) is False
-    deadline_s = time.monotonic() + 20
-    while not drive.uploaded(newest) and time.monotonic() < deadline_s:
-        time.sleep(0.02)
-    assert fs.create(str(out / "lease"), b"mine")
-    assert not fs.create(str(out / "lease"), b"yours")
-
-    checkpoint.upload(local, str(out), second := save(local, 20))
-    fuse_drive.drop()
-    with pytest.raises(StoreError, match=r"not connected.*drive\.mount\('/content/drive', force_remount=True\)"):
-        fs.put_bytes(str(out / "x"), NEW)
-    fuse_drive.unmount()
-    with pytest.raises(StoreError, match=r"not connected.*drive\.mount"):  # not into the folder under the mount
-        fs.put_bytes(str(out / "x"), NEW)
-    assert os.listdir(fuse_drive.mount) == []
-
-    monkeypatch.setattr(retry, "RETRY_FOR_S", 20.0)
-    waiting = threading.Thread(target=checkpoint.upload, args=(local, str(out), second))
-    waiting.start()
-    fuse_drive.begin()
-    waiting.join()  # it went on by itself
-    assert [m.step for m in checkpoint.committed(str(out))] == [10, 20]
-    fuse_drive.unmount()  # before it is in the cloud
-    fuse_drive.begin()
-    assert checkpoint.load_newest([str(out)], lambda line: None).manifest.step in (10, 20)
-
-
-def test_a_real_trash(fuse_drive, tmp_path):
-    """Deleting for good leaves nothing of a file in the Trash, on a mount that has one."""
-    out = fuse_drive.mount / "MyDrive" / "out"
-    fs.put_bytes(str(out / "a"), NEW)
-    fs.delete(str(out / "a"))
-    assert [p.stat().st_size for p in (fuse_drive.cloud / "trash").iterdir()] == [0]
