@@ -16,6 +16,7 @@ from decimal import Decimal
 from typing import Any, NoReturn, TypeVar
 
 from cli.errors import USER_ERRORS
+from store.errors import Unreachable
 
 C = TypeVar("C")
 
@@ -182,8 +183,11 @@ def quiet_drivers() -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
-def run(main: Callable[[], int | None], *, outlives_stdout: bool = False, at_once: bool = False) -> NoReturn:
-    """Run a program's `main` and exit: 0 or its own code; 2 with one line for what a user can set right.
+def run(
+    main: Callable[[], int | None], *, outlives_stdout: bool = False, at_once: bool = False, unreachable: int = 2
+) -> NoReturn:
+    """Run a program's `main` and exit: 0 or its own code; 2 with one line for what a user can set right; `unreachable`
+    for storage that did not answer.
 
     With `outlives_stdout` a reader that goes away (`| head`, a lost ssh) does not end the program. With `at_once` nothing is
     taken down at the end: torch needs 0.5 to 2 s for that, and a thread that hangs in an upload is waited for.
@@ -199,7 +203,7 @@ def run(main: Callable[[], int | None], *, outlives_stdout: bool = False, at_onc
         sys.stdout.flush()
     except USER_ERRORS as e:
         print(_error_line(e), file=sys.stderr)
-        code = 2
+        code = unreachable if isinstance(e, Unreachable) else 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         code = 130

@@ -1,8 +1,12 @@
-"""Errors of storage and of stored data that a person can act on: one line each, exit code 2 at the entry points."""
+"""Errors of storage and of stored data that a person can act on: one line each, and an exit code at the entry points."""
 
 
 class StoreError(Exception):
     """A file, folder or URL that cannot be read or written."""
+
+
+class Unreachable(StoreError):
+    """Storage that gave no answer, or none but "not now", for as long as was waited: later it may."""
 
 
 class NotFound(StoreError):

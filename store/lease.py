@@ -21,6 +21,7 @@ from store import fs, retry
 from store.errors import NotFound, StoreError
 
 FOLDER = "leases"
+KEPT = 20  # leases: older ones are deleted, oldest first
 RECORD_BYTES = 1024  # always: a renewal in place then has neither a shorter nor a longer file behind it
 try:
     TTL_S = float(os.environ["PERENNIAL_LEASE_S"])
@@ -80,11 +81,14 @@ class Lease:
         if self.fenced is None:
             later = _read(self.url, self.epoch + 1)
             own = {} if later is not None else _read(self.url, self.epoch)
-            if (
-                own is None
-            ):  # deleted by hand, or lost by a mount before it was uploaded: ours, unless another has it now
-                fs.create(self._own_name, _encoded(self._record))
-                own = _read(self.url, self.epoch) or {}
+            if own is None:
+                # pruned while we slept; or deleted by hand, or lost by a mount before its upload: then it is still ours
+                newest, record = _newest(self.url, self.epoch)
+                if newest > self.epoch:
+                    later = record or {}
+                else:
+                    fs.create(self._own_name, _encoded(self._record))
+                    own = _read(self.url, self.epoch) or {}
             if later is not None or own.get("holder", self._record["holder"]) != self._record["holder"]:
                 host = (own if later is None else later).get("host", "unknown")
                 self.fenced = Fenced(
@@ -119,8 +123,16 @@ class Lease:
         return _name(self.url, self.epoch)
 
     def _keep(self) -> None:
+        self._prune()
         while not self._end.wait(TTL_S / 4) and self.fenced is None:
             self._beat(TTL_S / 4)
+
+    def _prune(self) -> None:
+        """Remove the leases of long ago. Oldest first: whose own is still there finds its successor's too."""
+        with contextlib.suppress(StoreError), retry.patience(TTL_S):
+            for epoch in _listed(self.url):
+                if epoch <= self.epoch - KEPT:
+                    fs.delete(_name(self.url, epoch))
 
     def _beat(self, seconds: float) -> None:
         """Look whether the run is still ours and say that we live. A storage that fails now is no reason to stop."""
@@ -158,12 +170,16 @@ def _outlive(
 
 def _newest(url: str, above: int) -> tuple[int, dict[str, Any] | None]:
     """The newest epoch and its record. A listing only tells where to begin: what it shows is asked for by name."""
-    listed = [int(m[1]) for e in fs.list_folder(fs.join(url, FOLDER)) if (m := re.fullmatch(r"(\d{8,})\.json", e.name))]
-    epoch = next((n for n in sorted(listed, reverse=True) if _read(url, n) is not None), 0)
+    epoch = next((n for n in reversed(_listed(url)) if _read(url, n) is not None), 0)
     epoch = max(epoch, above)
     while _read(url, epoch + 1) is not None:
         epoch += 1
     return epoch, _read(url, epoch) if epoch else None
+
+
+def _listed(url: str) -> list[int]:
+    names = (e.name for e in fs.list_folder(fs.join(url, FOLDER)))
+    return sorted(int(m[1]) for name in names if (m := re.fullmatch(r"(\d{8,})\.json", name)))
 
 
 def _name(url: str, epoch: int) -> str:

@@ -16,7 +16,7 @@ from typing import TypeVar
 
 import tenacity
 
-from store.errors import NotFound, StoreError
+from store.errors import NotFound, StoreError, Unreachable
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -162,7 +162,10 @@ def _until(end_s: float, work: Callable[[], T]) -> T:
 
 
 def attempt(url: str, action: str, work: Callable[[], T]) -> T:
-    """Run `work`, again with backoff and jitter while the fault is transient; anything final is one StoreError."""
+    """Run `work`, again with backoff and jitter while the fault is transient; anything final is one StoreError.
+
+    Unreachable where it was still worth another try when patience ended.
+    """
     patience_s = _patience_s.get()
     if patience_s is None:
         asked, stop = functools.partial(_plainly, work), tenacity.stop_after_delay(RETRY_FOR_S)
@@ -194,8 +197,11 @@ def attempt(url: str, action: str, work: Callable[[], T]) -> T:
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
             raise StoreError(f"{redact(url)}: no space left; free some and run the same command with --resume") from e
-        if e.errno in MOUNT_GONE:
-            raise StoreError(f"{redact(url)}: cannot {action}: {_one_line(e)}") from e
-        raise StoreError(f"{redact(url)}: cannot {action}: {e.strerror or _one_line(e)}") from e
+        why = _one_line(e) if e.errno in MOUNT_GONE else e.strerror or _one_line(e)
+        raise _final(e)(f"{redact(url)}: cannot {action}: {why}") from e
     except Exception as e:  # a driver's own exception types: still one line, the cause is chained for debugging
-        raise StoreError(f"{redact(url)}: cannot {action}: {_one_line(e)}") from e
+        raise _final(e)(f"{redact(url)}: cannot {action}: {_one_line(e)}") from e
+
+
+def _final(error: BaseException) -> type[StoreError]:
+    return Unreachable if is_transient(error) else StoreError

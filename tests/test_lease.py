@@ -170,6 +170,20 @@ def test_a_lost_lease_is_written_again(out, claim):
         first.check()
 
 
+def test_old_leases_go_and_who_slept_meanwhile_is_fenced(out, claim, monkeypatch):
+    """A few are kept however often a run starts; a writer whose own is among the gone finds the newest."""
+    monkeypatch.setattr(lease, "KEPT", 3)
+    silence(first := claim(out, lock="boot:1:2"))
+    for epoch in range(2, 9):
+        held = claim(out, lock="boot:1:2", host="tulip")
+        assert held.epoch == epoch
+        silence(held)
+    assert [e.name[:8] for e in fs.list_folder(fs.join(out, "leases"))] == ["00000006", "00000007", "00000008"]
+    with pytest.raises(Fenced, match="tulip"):
+        first.check()
+    held.check()
+
+
 @pytest.mark.parametrize("garbage", [b"", b"null", b"[1]", b"\xff{", b'{"time": "x", "beat": [], "released": 0}'])
 def test_an_unreadable_lease_lapses(out, claim, garbage):
     """A full Drive makes files of 0 bytes: such a lease holds for one TTL, and stays where it is."""

@@ -190,12 +190,14 @@ def test_training_goes_on_while_the_drive_is_away(data, a_drive, tmp_path, monke
     assert result(out) == result(tmp_path / "quiet")
     assert len(checkpoint.committed(str(out))) <= 2
 
-    arrive(out / checkpoint.committed(str(out))[-1].name / "MANIFEST.json")
+    for path in filter(Path.is_file, out.rglob("*")):
+        arrive(path)
     a_drive.unmount()  # and the next machine finds it
     a_drive.begin()
     assert train(*flags, "--out", out, "--cache", tmp_path / "another cache") == 0
     assert result(out) == result(tmp_path / "quiet")
     assert "finished already" in capfd.readouterr().out
+    assert (out / "events.jsonl").read_text().count('"event": "finished"') == 2
 
 
 def test_what_is_deleted_leaves_nothing_in_the_trash(a_drive, tmp_path):

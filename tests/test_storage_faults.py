@@ -3,6 +3,8 @@
 GCS and S3 by our own servers; S3 by moto's too, behind a proxy, where `moto_server` is on the PATH (docs/storage.md).
 """
 
+import itertools
+import json
 import os
 import shutil
 import socket
@@ -15,11 +17,15 @@ from pathlib import Path
 import pytest
 
 from store import fs, lease, remote, retry
-from store.errors import StoreError
+from store.errors import StoreError, Unreachable
 from store.lease import Lease
 from tests.fake_s3 import S3Proxy
+from tests.helpers import result, train
+from tests.test_resume import SMALL as TINY
+from train import checkpoint, mirror, run
 
 ROOT = Path(__file__).parent.parent
+OUTAGE_S = float(os.environ.get("PERENNIAL_OUTAGE_S", "0.5"))  # 300, by hand, then with the waits that users have
 SMALL, LARGE = "small", "large"  # one request; some parts
 SENDING = {
     ("gs", SMALL): ("upload",),
@@ -44,6 +50,8 @@ class Recorded(dict):
 @pytest.fixture(autouse=True)
 def _in_a_hurry(monkeypatch):
     """All waits a hundredth of what they are."""
+    if OUTAGE_S > 1:
+        return
     for name, value in {"CONNECT_S": 1.0, "SILENCE_S": 0.25, "PIECE_BYTES": 4 << 20}.items():
         monkeypatch.setattr(remote, name, value)
     monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.01)
@@ -140,6 +148,7 @@ def test_a_refusal_leaves_the_old_bytes_and_passes(server, tmp_path, size):
         with pytest.raises(StoreError, match=r"^\w+://bucket/x: cannot write: ") as e:
             fs.put_file(url, source)
         assert "\n" not in str(e.value)
+        assert not isinstance(e.value, Unreachable)
         assert stored(server, "x") == b"old"
     fs.put_file(url, source)
     assert stored(server, "x") == source.read_bytes()
@@ -183,11 +192,44 @@ def test_patience_ends_in_one_line(server, monkeypatch, tmp_path):
     fs.put_bytes(f"{server.kind}://bucket/x", b"old")
     monkeypatch.setattr(retry, "RETRY_FOR_S", 0.3)
     server.outage(60)
-    with pytest.raises(StoreError, match=r"^\w+://bucket/x: cannot write: ") as e:
+    with pytest.raises(Unreachable, match=r"^\w+://bucket/x: cannot write: ") as e:
         fs.put_bytes(f"{server.kind}://bucket/x", b"new")
     assert "\n" not in str(e.value)
     server.outage(0)
     assert stored(server, "x") == b"old"
+
+
+@pytest.mark.parametrize("server", ["gs", "s3"], indirect=True)
+def test_training_goes_on_through_an_outage(server, data, tmp_path, monkeypatch):
+    """Nobody answers for minutes: steps and saves go on here, nothing is said to be there; then all of it is brought."""
+    flags = ("--data", data, "--steps", 40, "--save-every", 2, "--resume", *TINY, "--cache", tmp_path / "cache")
+    assert train(*flags, "--out", tmp_path / "quiet") == 0
+    begun_s, train_step = [], run.train_step
+
+    def paced(*args, **kwargs):
+        begun_s.append(time.monotonic())
+        if len(begun_s) == 8:
+            server.outage(OUTAGE_S)
+        time.sleep(OUTAGE_S / 20)
+        return train_step(*args, **kwargs)
+
+    monkeypatch.setattr(run, "train_step", paced)
+    monkeypatch.setattr(mirror, "PAUSE_S", OUTAGE_S / 15)
+    url = f"{server.kind}://bucket/out"
+    assert train(*flags, "--out", url) == 0
+    events = [json.loads(line) for line in stored(server, "out/events.jsonl").splitlines()]
+    saves = {tier: [e for e in events if e["event"] == "saved" and e["tier"] == tier] for tier in ("local", "remote")}
+    assert max(b - a for a, b in itertools.pairwise(begun_s)) < 5 * OUTAGE_S / 20 + 2
+    assert len(saves["local"]) > 10
+    gap_s = max(b["up_s"] - a["up_s"] for a, b in itertools.pairwise(saves["remote"]))
+    assert gap_s > OUTAGE_S / 2
+    newest = checkpoint.committed(url)[-1]
+    quiet = result(tmp_path / "quiet")
+    assert {p: newest.parts[p]["sha256"] for p in checkpoint.TENSOR_PARTS}.items() <= quiet.items()
+    print(
+        f"outage {OUTAGE_S:g} s; longest step {max(b - a for a, b in itertools.pairwise(begun_s)):.2f} s, "
+        f"{gap_s:.1f} s between two uploads, {len(saves['local'])} saves here, {len(saves['remote'])} there"
+    )
 
 
 def test_a_hash_that_cannot_be_compared_is_replaced_by_reading(s3, monkeypatch):

@@ -1,6 +1,7 @@
 """Training learns what a textbook loop learns, and says in one line what a user got wrong."""
 
 import json
+import os
 import re
 import subprocess
 from importlib.util import find_spec
@@ -283,6 +284,17 @@ def test_as_a_real_process_an_error_is_one_line_and_exit_2(tmp_path):
         assert done.stderr.startswith("error: ")
         assert says in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_storage_that_is_away_at_the_start_is_for_trying_again(tmp_path):
+    """Nobody answers at the address of the data: one line, and the exit code on which a loop goes on."""
+    environment = {**os.environ, "PERENNIAL_RETRY_FOR_S": "0.1"}
+    away = command("train/run.py", "--data", "http://127.0.0.1:9/tokens", "--out", tmp_path / "out")
+    done = subprocess.run(away, env=environment, capture_output=True, text=True)
+    told = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert (done.returncode, len(told)) == (74, 1), done.stderr
+    assert told[0].startswith("error: http://127.0.0.1:9/tokens/metadata.json: cannot ")
+    assert not (tmp_path / "out").exists()
 
 
 def test_environment_and_drive_fill_in_the_places(data, tmp_path, monkeypatch):

@@ -153,8 +153,8 @@ def start(config: TrainConfig, given: frozenset[str], folder: RunFolder, stop: S
     data.staging.report(folder.event)
     try:
         if state.step >= total and not state.val_due:
-            saver.finish()
             folder.event("finished", step=state.step)
+            saver.finish()
             print(
                 f"finished already: step {state.step} of {total}; give a larger --steps, --epochs or --tokens to go on"
             )
@@ -325,4 +325,4 @@ def due(step: int, every: int) -> bool:
 
 
 if __name__ == "__main__":
-    flags.run(main, outlives_stdout=True, at_once=True)
+    flags.run(main, outlives_stdout=True, at_once=True, unreachable=UNSAVED)
