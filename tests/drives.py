@@ -124,19 +124,18 @@ class TwinDrive(FaultyDisk):
         if not self.mounted:
             return
         self.drop()
-        gone_s, self.dropped_s = self.dropped_s, None
-        files = [p for p in self.mount.rglob("*") if p.is_file()]
-        for path in files:
+        left = self.mount.parent / f"left-{next(self.fresh)}"  # at once: other threads write there
+        self.real["rename"](self.mount / "MyDrive", left)
+        gone_s, self.dropped_s, self.mounted = self.dropped_s, None, False
+        files = {p.relative_to(left): p for p in left.rglob("*") if p.is_file()}
+        for name, path in files.items():
             if gone_s - path.stat().st_mtime > LAG_S:
-                arrived = self.cloud / path.relative_to(self.mount)
+                arrived = self.cloud / "MyDrive" / name
                 arrived.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(path, arrived)
-        names = {p.relative_to(self.mount) for p in files}
         for path in [p for p in self.cloud.rglob("*") if p.is_file()]:
-            if path.relative_to(self.cloud) not in names:
+            if path.relative_to(self.cloud / "MyDrive") not in files:
                 path.unlink()
-        shutil.rmtree(self.mount / "MyDrive")
-        self.mounted = False
 
     def trash_bytes(self) -> int:
         """See FuseDrive."""
