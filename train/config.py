@@ -5,6 +5,7 @@ A checkpoint's settings win on --resume. The fields in FREE do not change what i
 """
 
 import dataclasses
+import importlib.util
 import os
 import typing
 from dataclasses import asdict, dataclass
@@ -19,11 +20,21 @@ from store import drive, fs
 from store.errors import DataError
 
 AUTO = "auto"
+LOGGERS = ("tensorboard", "wandb", "trackio", "none")
 
 
 def number_or_auto(text: str) -> int | str:
     """`auto`, or a whole number. Raises ValueError."""
     return AUTO if text == AUTO else number(text)
+
+
+def logger(text: str) -> str:
+    """The name of a logger that is installed, or none. Raises ValueError."""
+    if text not in LOGGERS:
+        raise ValueError(f"{text!r} is no logger: choose from {', '.join(LOGGERS)}")
+    if text != "none" and importlib.util.find_spec(text) is None:
+        raise ValueError(f"{text} is not installed: pip install {text}")
+    return text
 
 
 @dataclass(frozen=True)
@@ -143,6 +154,8 @@ class TrainConfig:
         "save and stop that long after the process began, before a known limit: 90s, 30m, 11.5h, 2d",
         parse=seconds,
     )
+    display: Literal["auto", "lines"] = flag("auto", "auto: drawn in place on a terminal, plain lines elsewhere")
+    log_to: tuple[str, ...] = flag((), "log there too: tensorboard wandb trackio, or none", parse=logger)
     keep: int = flag(2, "newest checkpoints to keep; the best by validation loss is kept too")
 
     @property
@@ -161,6 +174,7 @@ FORGOTTEN = (
     "dry_run",
     "preflight",
     "price_per_hour",
+    "display",
     "micro_batch",
     "checkpoint_activations",
     "device",
@@ -185,6 +199,7 @@ LOGGING = (
     "max_unsaved_minutes",
     "max_skipped",
     "keep",
+    "log_to",
 )
 FREE = frozenset({*RUN_LENGTH, *FORGOTTEN, *LOGGING})
 SHAPE = ("model", "arch", "n_layer", "n_head", "n_embd", "n_ff", "block_size", "bias", "qkv_bias", "tied")

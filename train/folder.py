@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from cli.errors import UserError
 from store import drive, fs, lock
@@ -25,8 +25,25 @@ from train import checkpoint, clock
 from train.ledger import crash_found, iso
 
 FORMAT, VERSION = "perennial-run", 1
+CLOSE_S = 10.0  # for a watcher to send what it holds: a preempted machine has no more
 LOCK = ".lock"
 KEPT = ("metrics.jsonl", "events.jsonl")
+
+
+class Watcher(Protocol):
+    """Is told what the run writes, in the threads that write it: a display, a logger."""
+
+    def metrics(self, lines: list[dict[str, Any]]) -> None:
+        """Lines of metrics.jsonl."""
+
+    def event(self, line: dict[str, Any]) -> None:
+        """A line of events.jsonl."""
+
+    def sample(self, step: int, text: str) -> None:
+        """A step's samples."""
+
+    def close(self) -> None:
+        """The process is about to end."""
 
 
 class RunFolder:
@@ -47,6 +64,8 @@ class RunFolder:
         mine = (cache or default_cache()) / "runs" / hashlib.sha256(url.encode()).hexdigest()[:16]
         self.local = mine if self.two_tiers else fs.local_path(url)
         self.published: dict[str, int] = {}  # bytes of each file that the mirror has brought to `url`
+        self.watchers: list[Watcher] = []
+        self.logged: dict[str, int] = {}  # newest step of each metric that an earlier attempt logged, kept or not
 
     def is_a_run(self, *, resume: bool) -> bool:
         """True when a run is to be gone on with, False when the place is free. Writes nothing.
@@ -109,6 +128,11 @@ class RunFolder:
 
     def release(self) -> None:
         """Let the next trainer begin at once; nothing is left of a start that was refused. Safe to call at any time."""
+        while self.watchers:
+            watcher = self.watchers.pop()
+            closing = threading.Thread(target=self._told, args=(watcher, "close"), daemon=True)
+            closing.start()
+            closing.join(CLOSE_S)
         if self.lease is not None:
             (self.lease.release if self.opened else self.lease.cancel)()
 
@@ -152,6 +176,9 @@ class RunFolder:
         events, metrics = read_lines(self.local / "events.jsonl"), read_lines(self.local / "metrics.jsonl")
         if (crash := crash_found(events, metrics, step, self.lease.previous, logged_s)) is not None:
             self.event("crash_found", **crash)
+        for m in metrics:
+            if isinstance(m.get("step"), int):
+                self.logged |= {key: max(m["step"], self.logged.get(key, 0)) for key in m}
         # what was logged after the checkpoint will happen, and be logged, again
         kept = [m for m in metrics if m.get("step", 0) < step + ("val_loss" not in m or not val_due)]
         fs.put_bytes(str(self.local / "metrics.jsonl"), b"".join(json.dumps(m).encode() + b"\n" for m in kept))
@@ -184,6 +211,7 @@ class RunFolder:
     def metrics(self, lines: list[dict[str, Any]]) -> None:
         """Append lines to metrics.jsonl; they reach the kernel at once, so a killed process loses none."""
         self._append("metrics.jsonl", lines)
+        self._tell("metrics", lines)
 
     def event(self, event: str, **fields: Any) -> None:
         """Append one line to events.jsonl: what happened, when, in which attempt. Any thread may."""
@@ -191,6 +219,23 @@ class RunFolder:
         # `up_s` is what durations are made of: `time` moves with the wall clock
         line = {"time": iso(now), "up_s": round(clock.up_s(), 3), "attempt": self.attempt, "event": event, **fields}
         self._append("events.jsonl", [line])
+        self._tell("event", line)
+
+    def _tell(self, what: str, *args: Any) -> None:
+        for watcher in tuple(self.watchers):
+            self._told(watcher, what, *args)
+
+    def _told(self, watcher: Watcher, what: str, *args: Any) -> None:
+        """Tell a watcher; one that fails is told no more. Training does not depend on who looks on."""
+        try:
+            getattr(watcher, what)(*args)
+        except Exception as e:
+            if watcher in self.watchers:
+                self.watchers.remove(watcher)
+            words = " ".join(str(e).split())[:200]
+            self.warn(
+                f"{type(watcher).__name__} failed and is told no more ({type(e).__name__}: {words}); training goes on"
+            )
 
     def _append(self, name: str, lines: list[dict[str, Any]]) -> None:
         """Append now, or with the next lines where the place is away or full: training does not stop for its log."""
@@ -211,6 +256,7 @@ class RunFolder:
 
     def sample(self, step: int, text: str) -> None:
         """Keep a step's samples, where the storage lets us."""
+        self._tell("sample", step, text)
         try:
             fs.put_bytes(str(self.local / "samples" / f"step-{step:08d}.txt"), text.encode())
         except StoreError as e:
@@ -220,8 +266,8 @@ class RunFolder:
         """Bring logs and samples that are new to `url`, where that is elsewhere. Raises StoreError. For one thread."""
         if not self.two_tiers:
             return
-        samples = sorted(p.relative_to(self.local) for p in (self.local / "samples").glob("*.txt"))
-        for name in (*KEPT, *map(str, samples)):
+        found = (p for pattern in ("samples/*.txt", "tensorboard/*") for p in self.local.glob(pattern))
+        for name in (*KEPT, *sorted(str(p.relative_to(self.local)) for p in found)):
             with self.writing:
                 data = (self.local / name).read_bytes() if (self.local / name).exists() else b""
             if len(data) != self.published.get(name, 0):

@@ -18,10 +18,12 @@ from store import fs
 from train.config import TrainConfig
 from train.data import Data
 from train.folder import RunFolder
+from train.live import Display, Line
 from train.precision import Machine
 from train.state import State
 
 QUIET_S = 30.0
+TELL_S = 15.0  # between speeds in events.jsonl
 
 
 class TrainLog:
@@ -29,8 +31,9 @@ class TrainLog:
 
     def __init__(
         self, folder: RunFolder, machine: Machine, state: State, *, total: int, tokens_per_step: int,
-        steps_per_epoch: float,
+        steps_per_epoch: float, display: Display,
     ) -> None:  # fmt: skip
+        self.display, self.told_s = display, float("-inf")
         self.folder, self.machine, self.total, self.tokens_per_step = folder, machine, total, tokens_per_step
         self.guard, self.scaler = state.guard, state.scaler
         self.flops_per_token, self.steps_per_epoch = state.model.flops_per_token(), steps_per_epoch
@@ -48,12 +51,12 @@ class TrainLog:
         """Remember what step number `step` (1 = the first) gave."""
         self.waiting.append((step, lr, loss, norm))
 
-    def flush(self) -> None:
-        """Read what is waiting, show it to the guard and write it to metrics.jsonl."""
+    def flush(self) -> list[float]:
+        """Read what is waiting, show it to the guard and write it to metrics.jsonl. Returns the losses."""
         rows = [(s, lr, float(loss), float(norm)) for s, lr, loss, norm in self.waiting]
         self.waiting = []
         if not rows:
-            return
+            return []
         keys = ("step", "lr", "loss", "grad_norm")
         # JSON has no infinity: what overflowed is null
         rows_json = [[x if math.isfinite(x) else None for x in row] for row in rows]
@@ -64,6 +67,7 @@ class TrainLog:
             self.folder.warn(warning)
         if self.guard.skipped > skipped:
             self.folder.event("skipped_steps", step=rows[-1][0], count=self.guard.skipped - skipped)
+        return [loss for _, _, loss, _ in rows]
 
     def is_due(self, step: int, every: int) -> bool:
         """True on every `every`-th step, and when a person has seen nothing for half a minute."""
@@ -79,21 +83,17 @@ class TrainLog:
         now_s = time.monotonic()
         self.tokens_per_s = n * self.tokens_per_step / max(now_s - self.line_s - self.paused_s, 1e-9)
         self.line_s, self.paused_s = now_s, 0.0
-        self.flush()
+        losses = self.flush()
         peak = self.machine.peak_flops()
-        parts = [
-            f"step {step}/{self.total}",
-            f"loss {loss:.4f}",
-            *([f"val {val_loss:.4f}"] if val_loss is not None else []),
-            f"lr {lr:.2e}",
-            f"norm {norm:.2f}",
-            f"{count(self.tokens_per_s)} tok/s",
-            *([f"mfu {self.tokens_per_s * self.flops_per_token / peak:.1%}"] if peak else []),
-            f"epoch {step / self.steps_per_epoch:.2f}",
-            duration(self.elapsed_s),
-            f"eta {duration((self.total - step) * self.tokens_per_step / self.tokens_per_s)}",
-        ]
-        print(" | ".join(parts), flush=True)
+        now = Line(
+            step=step, total=self.total, loss=loss, val_loss=val_loss, lr=lr, norm=norm, tokens_per_s=self.tokens_per_s,
+            mfu=self.tokens_per_s * self.flops_per_token / peak if peak else None, epoch=step / self.steps_per_epoch,
+            elapsed_s=self.elapsed_s, eta_s=(self.total - step) * self.tokens_per_step / self.tokens_per_s,
+        )  # fmt: skip
+        self.display.show(now, losses)
+        if now_s - self.told_s >= TELL_S:
+            self.told_s = now_s
+            self.folder.event("progress", step=step, tokens_per_s=round(self.tokens_per_s, 1))
 
     def pause(self, event: str | None = None, **fields: Any) -> "_Pause":
         """`with log.pause():` around what is not training, so that tokens/s tells of training; noted as an `event`."""

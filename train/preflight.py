@@ -334,7 +334,7 @@ def _rehearsed(plan: Plan, scratch: str) -> TrainConfig:
         config, out=scratch, resume=True, steps=STEPS, epochs=None, tokens=None, dry_run=False, preflight=False,
         warmup=settings.warmup_steps(config, plan.total),  # a high learning rate in the first steps proves nothing
         log_every=1000, eval_every=0, sample_every=1000 if config.sample_every else 0, save_every=0,
-        save_every_minutes=0.0, stop_after=None,
+        save_every_minutes=0.0, stop_after=None, log_to=(), display="lines",
     )  # fmt: skip
 
 

@@ -26,7 +26,7 @@ from cli import flags
 from cli.errors import UserError
 from store.errors import StoreError
 from store.lease import Fenced
-from train import checkpoint, clock, gce, preflight
+from train import checkpoint, clock, gce, loggers, preflight
 from train import config as settings
 from train.batches import Batches, validation_windows
 from train.compile_cache import CompileCache
@@ -36,6 +36,7 @@ from train.diagnosis import diagnose
 from train.elastic import machine_record, moved
 from train.exits import DIVERGED, FENCED, FINISHED, MEANINGS, STOPPED, UNSAVED
 from train.folder import RunFolder
+from train.live import Display
 from train.log import TrainLog, describe, show_samples, summarize
 from train.micro_batch import MicroBatch, is_out_of_memory
 from train.precision import Machine, choose_machine
@@ -145,6 +146,7 @@ def start(config: TrainConfig, given: frozenset[str], folder: RunFolder, stop: S
         resumed_from=found.manifest.name if found else None,
     )  # fmt: skip
     stop.record = folder.event
+    loggers.attach(config, folder, state.step)
     saver = Saver(config, folder, machine, step=state.step)
     if found:
         saver.resumed(found.manifest, found.place)
@@ -183,7 +185,7 @@ def train(
     log = TrainLog(
         folder, machine, state,
         total=total, tokens_per_step=config.batch * config.block_size,
-        steps_per_epoch=batches.windows_per_epoch / config.batch,
+        steps_per_epoch=batches.windows_per_epoch / config.batch, display=Display(config, folder),
     )  # fmt: skip
 
     choose = make_targets(config.loss_on, data.tokenizer)
