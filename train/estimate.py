@@ -59,7 +59,7 @@ def activation_bytes(shape: GPTConfig, half: int) -> int:
     if (
         shape.modern
     ):  # norms and rotations in plain torch keep their steps; the MLP keeps gate, its silu, up and product
-        return (36 + 5 * half) * width + 4 * half * inner + 4 * heads
+        return (44 + 3 * half) * width + 4 * half * inner + 12 * heads
     return (8 + 6 * half) * width + 2 * half * inner + 4 * heads
 
 
