@@ -41,7 +41,7 @@ def test_activations_are_what_autograd_keeps(arch, precision, dtype, width):
     joined = 4 * shape.block_size * 4 * shape.n_embd  # the second copy of the loss's gradient is gone by then
     assert told[8].activations - told[4].activations - joined == pytest.approx(eight - four, rel=0.02)
     copies = 2 * four - eight - 4 * 512 * width  # less the head's gradient
-    assert told[4].copies == pytest.approx(max(copies, 0), rel=0.02, abs=5e4)
+    assert told[4].copies == pytest.approx(max(copies, 0), rel=0.05, abs=5e4)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
