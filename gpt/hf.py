@@ -126,6 +126,8 @@ def from_hf(config_kwargs: Mapping[str, Any], state_dict: Mapping[str, Tensor]) 
     }
     if config.tied:
         given.pop("lm_head.weight", None)  # a second view of wte
+    if config.n_layer > len(given):  # a claim: names are made and layers built only for what can be there
+        raise GPTError(f"n_layer={config.n_layer} with {len(given)} tensors: the state dict is not of this config")
     expected = {theirs for _, theirs, _ in _names(config)}
     for problem, names in (("lacks", expected - given.keys()), ("has unknown", given.keys() - expected)):
         if names:

@@ -97,6 +97,7 @@ def test_from_hf_reads_bare_names_and_old_mask_buffers():
         ({"n_positions": 8}, "transformer.wpe.weight is .16, 16.: it does not fit this config"),
         ({"n_layer": 3}, "lacks transformer.h.2"),
         ({"n_layer": 1}, "unknown transformer.h.1"),
+        ({"n_layer": 10**9}, "n_layer=1000000000 with 29 tensors"),
     ],
 )
 def test_from_hf_refuses_what_it_cannot_compute(change, message):
