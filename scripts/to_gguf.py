@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ _BLOCK = {
     "mlp.down": "ffn_down",
 }
 _OUTSIDE = {"wte": "token_embd", "wpe": "position_embd", "ln_f": "output_norm", "head": "output"}
+WITHOUT_BIAS = ("token_embd", "position_embd", "output")
 _QK_NORM = {"q": "attn_q_norm", "k": "attn_k_norm"}
 
 MODELFILE = """\
@@ -46,14 +47,25 @@ PARAMETER top_k 50
 def write_gguf(path: Path, model: GPT, tokenizer: Tokenizer, *, float_type: FloatType) -> None:
     """Write a float32 model with llama.cpp's architecture gpt2, or qwen3 where it is modern.
 
-    A tied head is not written: llama.cpp then takes the embedding. Raises UserError for what the format cannot hold exactly. With f16 only matrices are halved: vectors and
-    positions stay f32, as in llama.cpp's own converter.
+    With f16 only matrices are halved: vectors and positions stay f32, as in llama.cpp's own converter. A tied head is not
+    written: llama.cpp then takes the embedding. Raises UserError for what the format cannot hold exactly.
     """
     gguf = _library()
-    tokens, types, merges, pre = vocabulary(tokenizer)
-    config = model.config
-    writer = gguf.GGUFWriter(path, "qwen3" if config.modern else "gpt2")
+    writer = gguf.GGUFWriter(path, "qwen3" if model.config.modern else "gpt2")
     writer.add_name(f"perennial {model.num_params() / 1e6:.1f}M")  # shown by programs that list models
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16 if float_type == "f16" else gguf.LlamaFileType.ALL_F32)
+    _add_shape(writer, model)
+    _add_tokenizer(writer, tokenizer)
+    for name, tensor in gguf_tensors(model).items():
+        writer.add_tensor(name, _numbers(name, tensor, float_type))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _add_shape(writer: Any, model: GPT) -> None:
+    config = model.config
     writer.add_context_length(config.block_size)
     writer.add_embedding_length(config.n_embd)
     writer.add_block_count(config.n_layer)
@@ -67,23 +79,20 @@ def write_gguf(path: Path, model: GPT, tokenizer: Tokenizer, *, float_type: Floa
         writer.add_layer_norm_rms_eps(NORM_EPS)
     else:
         writer.add_layer_norm_eps(model.ln_f.eps)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16 if float_type == "f16" else gguf.LlamaFileType.ALL_F32)
-    writer.add_tokenizer_model("gpt2")
+
+
+def _add_tokenizer(writer: Any, tokenizer: Tokenizer) -> None:
+    tokens, types, merges, pre = vocabulary(tokenizer)
+    writer.add_tokenizer_model("gpt2")  # llama.cpp's name for byte-level BPE
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
-    writer.add_token_types([gguf.TokenType[name] for name in types])
+    writer.add_token_types([_library().TokenType[name] for name in types])
     writer.add_token_merges(merges)
     writer.add_bos_token_id(tokenizer.end_of_text)
     writer.add_eos_token_id(tokenizer.end_of_turn)
     writer.add_pad_token_id(tokenizer.end_of_text)
     writer.add_add_bos_token(True)  # every document begins with it
     writer.add_chat_template(CHAT_TEMPLATE)
-    for name, tensor in gguf_tensors(model).items():
-        writer.add_tensor(name, _numbers(name, tensor, float_type))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def gguf_tensors(model: GPT) -> dict[str, Tensor]:
@@ -102,10 +111,7 @@ def gguf_tensors(model: GPT) -> dict[str, Tensor]:
         else:
             tensors[f"{block}{(_BLOCK if block else _OUTSIDE)[module]}.{part}"] = tensor
     if not model.config.modern:
-        biased = [
-            n for n in tensors if n.endswith(".weight") and not n.startswith(("token_embd", "position", "output."))
-        ]
-        for name in biased:
+        for name in [n for n in tensors if n.endswith(".weight") and n.split(".")[0] not in WITHOUT_BIAS]:
             tensors.setdefault(name.replace(".weight", ".bias"), tensors[name].new_zeros(tensors[name].shape[0]))
     return tensors
 
@@ -164,7 +170,7 @@ def modelfile(model: GPT, file: str) -> str:
                             block_size=model.config.block_size)  # fmt: skip
 
 
-def _library():
+def _library() -> Any:
     try:
         import gguf
     except ImportError as e:
