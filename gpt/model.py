@@ -97,8 +97,8 @@ class Attention(nn.Module):
         # (B, T, 3C) -> (B, T, 3, H, D) -> three of (B, T, H, D)
         q, k, v = self.qkv(x).view(B, T, 3, self.n_head, self.head_width).unbind(2)
         if angles is not None:
-            q, k = (rotate(x, angles) for x in self.qk_norm(q, k))
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
+            q, k = (rotate(t, angles) for t in self.qk_norm(q, k))
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, D)
         if cache is None:
             dropout = self.dropout if self.training else 0.0
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)

@@ -107,6 +107,14 @@ def test_loss_is_float32_under_autocast(dtype):
     assert all(p.grad.dtype == torch.float32 for p in model.parameters())
 
 
+def test_it_is_one_graph_and_compiled_once():
+    model, ids = noisy(GPTConfig(**MODERN)), random_ids(2, 16)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        for _ in range(2):
+            torch.testing.assert_close(compiled(ids, ids), model(ids, ids))
+
+
 def test_the_cache_changes_no_text_of_any_length():
     model = noisy(GPTConfig(**MODERN), noise=0.6)
     prompts = [[1, 2, 3], [4], list(range(5, 18))]
