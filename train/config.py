@@ -118,10 +118,6 @@ class TrainConfig:
     precision: Literal["auto", "bf16", "fp16", "fp32"] = flag(
         "auto", "auto: bf16 where the GPU has it, fp16 on older GPUs, fp32 elsewhere"
     )
-    shard: Literal["auto", "on", "off"] = flag(
-        AUTO,
-        "under torchrun: spread weights, gradients and moments over the GPUs; auto: where one GPU cannot hold them",
-    )
     compile: Literal["auto", "on", "off"] = flag("auto", "torch.compile; auto: on CUDA GPUs")
     compile_cache: Literal["on", "off"] = flag("on", "keep what torch.compile made with the run, for the next start")
     loading: Literal["auto", "preload", "memmap"] = flag(
@@ -181,7 +177,6 @@ FORGOTTEN = (
     "display",
     "micro_batch",
     "checkpoint_activations",
-    "shard",
     "device",
     "precision",
     "compile",
@@ -336,7 +331,8 @@ def begin_with(stored: dict[str, Any], config: TrainConfig, given: frozenset[str
 
     Raises UserError naming both values where a given flag contradicts it.
     """
-    values = {name: value for name, value in _checked(stored).items() if name in SHAPE}
+    was = TrainConfig(**_checked(stored))
+    values = {name: getattr(was, name) for name in SHAPE}
     for name in sorted(given & values.keys()):
         if getattr(config, name) != values[name]:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: the run of --init-from has "

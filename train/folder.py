@@ -276,25 +276,7 @@ class RunFolder:
 
     def warn(self, message: str) -> None:
         """One line on stderr."""
-        self.tell(f"warning: {message}")
-
-    def tell(self, line: str) -> None:
-        """That line on stderr."""
-        print(line, file=sys.stderr, flush=True)
-
-
-class BystandingFolder:
-    """The run folder of every process but the first: it knows the run, and writes nothing."""
-
-    def __init__(self, url: str) -> None:
-        self.url, self.run_id, self.attempt = url, "", 0
-        self.stored_config: dict[str, Any] | None = None
-        self.lease = self
-
-    def nothing(self, *arguments: object, **options: object) -> None:
-        """What rank 0 alone has to do."""
-
-    open = event = metrics = sample = warn = tell = renew = release = nothing
+        print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def _identity(place: str) -> dict[str, Any] | None:
