@@ -1,0 +1,37 @@
+"""What the pages name is there."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.helpers import ROOT
+
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+    text = re.sub(r"```.*?```", "", page.read_text("utf-8"), flags=re.DOTALL)
+    for link in re.findall(r"\]\(([^)#\s]+)", text):
+        if "://" not in link:
+            assert (page.parent / link).exists(), link
+    if page.parent.name == "docs":
+        assert f"docs/{page.name}" in (ROOT / "README.md").read_text("utf-8"), "the README does not lead to this page"
+
+
+def test_programs_and_their_flags_exist():
+    """`python scripts/x.py --flag`, as people copy it."""
+    named: dict[str, set[str]] = {}
+    for page in PAGES:
+        text = page.read_text("utf-8").replace("\\\n", " ")
+        for script, arguments in re.findall(r"python3? ((?:prep|train|scripts)/\w+\.py)([^\n`|#;&]*)", text):
+            named.setdefault(script, set()).update(re.findall(r"(?<=\s)--[a-z][a-z-]*", arguments))
+    assert len(named) > 8
+    for script, flags in named.items():
+        assert (ROOT / script).exists(), script
+        helped = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True)
+        assert helped.returncode == 0, f"{script}: {helped.stderr}"
+        missing = {f for f in flags - {"--help"} if not re.search(rf"{f}\b", helped.stdout)}
+        assert not missing, f"{script} has no {missing}"
