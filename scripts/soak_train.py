@@ -233,11 +233,11 @@ def second_trainer(soak: Soak) -> None:
 
 
 def damage(soak: Soak) -> None:
-    """Killed, and a file of the newest checkpoint is not what it was. (A bucket keeps its own copy: none is lost.)"""
+    """Killed, and a file of the newest checkpoint here is not what it was."""
     kill(soak)
     steps = [s for s in soak.steps() if (s / checkpoint.MANIFEST).exists()]
-    if len(steps) < 2 and not soak.server:
-        return  # one must remain
+    if len(steps) < 2 and not any(tier == "remote" and step for (tier, _), step in soak.promised.items()):
+        return  # a good one must remain, here or in the bucket
     for step in steps[-1:]:
         path = step / soak.rng.choice((*checkpoint.PARTS, checkpoint.MANIFEST))
         raw = bytearray(path.read_bytes())
