@@ -1,4 +1,4 @@
-"""Draw a run's loss curve in the terminal: `python scripts/plot.py --run out`."""
+"""Draw runs: the loss in the terminal, `python scripts/plot.py --run out`; the whole figure, `--output run.png`."""
 
 import sys
 from pathlib import Path
@@ -6,38 +6,116 @@ from pathlib import Path
 if __name__ == "__main__":  # Python put this file's folder first in sys.path: the project's root belongs there
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+import importlib.util
+import json
+import os
 import tempfile
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from cli import flags
 from cli.errors import UserError
 from cli.flags import flag
 from store import fs
 from store.errors import NotFound
+from train import ledger
 from train.folder import read_lines
+
+if TYPE_CHECKING:
+    from scripts import figure
+
+FORMATS = (".png", ".pdf", ".svg", ".html")
 
 
 @dataclass(frozen=True)
 class PlotFlags:
     """Flags of scripts/plot.py."""
 
-    run: str = flag("out", "run folder or URL: the --out of train/run.py", env="PERENNIAL_OUT")
+    run: tuple[str, ...] = flag((), "run folders or URLs: the --out of train/run.py (default: $PERENNIAL_OUT, out)")
+    output: tuple[str, ...] = flag((), "files to draw: .png, .pdf, .svg, or .html, one page that needs nothing else")
+    x: Literal["step", "tokens"] = flag("step", "what runs are compared by")
     width: int = flag(72, "columns")
     height: int = flag(16, "lines")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the curve; a restart is a `|` under the axis, where it went on."""
+    """Print the curves, or draw the figure. In a curve a restart is a `|` under the axis, where it went on."""
     args, _ = flags.parse(PlotFlags, argv, prog="plot.py", description=__doc__)
-    metrics, events = read_log(args.run, "metrics.jsonl"), read_log(args.run, "events.jsonl")
+    runs = args.run or (os.environ.get("PERENNIAL_OUT") or "out",)
+    if args.output:
+        return figures(runs, args.output, by_tokens=args.x == "tokens")
+    for run in runs:
+        losses, vals, seams = curves(run)
+        if len(runs) > 1:
+            print(fs.redact(run))
+        print(draw(losses, vals, seams, width=max(args.width, 20), height=max(args.height, 4)))
+    return 0
+
+
+def curves(run: str) -> tuple[dict[int, float], dict[int, float], list[int]]:
+    """A run's training and validation losses by step, and the steps it was gone on from. Raises UserError."""
+    metrics, events = read_log(run, "metrics.jsonl"), read_log(run, "events.jsonl")
     losses = {m["step"]: m["loss"] for m in metrics if m.get("loss") is not None}  # null: no number
     if not losses:
-        raise UserError(f"{fs.redact(args.run)}: no steps logged there: name a run folder, the --out of train/run.py")
-    restarts = [e["step"] for e in events if e.get("event") == "start" and e.get("step")]
-    vals = {m["step"]: m["val_loss"] for m in metrics if "val_loss" in m}
-    print(draw(losses, vals, restarts, width=max(args.width, 20), height=max(args.height, 4)))
+        raise UserError(f"{fs.redact(run)}: no steps logged there: name a run folder, the --out of train/run.py")
+    seams = [e["step"] for e in events if e.get("event") == "start" and e.get("step")]
+    return losses, {m["step"]: m["val_loss"] for m in metrics if "val_loss" in m}, seams
+
+
+def figures(runs: tuple[str, ...], outputs: tuple[str, ...], *, by_tokens: bool) -> int:
+    """Draw all runs into one figure, and write it to each file."""
+    for output in outputs:
+        if Path(output).suffix not in FORMATS:
+            raise UserError(f"--output {output}: expected a name that ends in {', '.join(FORMATS)}")
+        if not Path(output).absolute().parent.is_dir():
+            raise UserError(f"--output {output}: there is no folder {Path(output).parent}: make it first")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("--output: matplotlib is not installed: pip install matplotlib")
+    from scripts import figure
+
+    found = [read_run(run, name) for run, name in zip(runs, short_names(runs), strict=True)]
+    if by_tokens and any(run.tokens_per_step is None for run in found):
+        raise UserError("--x tokens: a run's config.json does not tell its batch: compare by steps")
+    drawn = figure.draw(found, by_tokens=by_tokens)
+    for output in outputs:
+        figure.save(drawn, found, Path(output))
+        print(f"drawn      {output}")
     return 0
+
+
+def read_run(run: str, name: str) -> "figure.Run":
+    """All that the figure shows of a run."""
+    from scripts import figure
+
+    losses, vals, seams = curves(run)
+    events = read_log(run, "events.jsonl")
+    speeds: dict[int, list[tuple[int, float]]] = {}
+    for e in events:
+        if e.get("event") == "progress":
+            speeds.setdefault(e["attempt"], []).append((e["step"], e["tokens_per_s"]))
+    told, _ = ledger.read_events("\n".join(map(json.dumps, events)))
+    seconds = ledger.totals(ledger.attempts(told, max(losses)))
+    parts = {part: seconds[part] for part in ledger.PARTS}
+    try:
+        about = json.loads(fs.read_bytes(fs.join(run, "config.json")))
+    except (NotFound, ValueError):
+        about = {}
+    about = about if isinstance(about, dict) else {}
+    lrs = {m["step"]: m["lr"] for m in read_log(run, "metrics.jsonl") if m.get("lr") is not None}
+    return figure.Run(
+        name, losses, vals, lrs, list(speeds.values()), seams, parts, figure.tokens_per_step(about),
+        figure.facts(about, losses, vals, parts),
+    )  # fmt: skip
+
+
+def short_names(runs: tuple[str, ...]) -> list[str]:
+    """The last part of each address, or as many as tell them apart."""
+    parts = [fs.redact(run).rstrip("/").split("/") for run in runs]
+    for n in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(p[-n:]) for p in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [fs.redact(run) for run in runs]
 
 
 def read_log(run: str, name: str) -> list[dict[str, Any]]:

@@ -12,7 +12,8 @@ from tests.helpers import error_of, result, train
 from tests.test_resume import SMALL, train_until_killed
 from tests.test_step import some_ids, step
 from train import checkpoint
-from train.optim import ADAMW_LR_SCALE, _step_and_undo, load_optimizer_tensors, make_optimizer, optimizer_tensors
+from train.optim import ADAMW_LR_SCALE, _step_and_undo, make_optimizer, optimizer_tensors
+from train.parallel import ALONE
 from train.precision import Machine
 
 pytestmark = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch below 2.9 has no Muon")
@@ -114,7 +115,7 @@ def test_its_state_goes_by_name_and_comes_back():
         step(machine, model, optimizer, scaler, some_ids(good))
     saved = {k: t.clone() for k, t in optimizer_tensors(model, optimizer).items()}
     _, other, fresh, _ = setup()
-    load_optimizer_tensors(other, fresh, saved)
+    ALONE.load(optimizer_tensors(other, fresh), saved)
     back = optimizer_tensors(other, fresh)
     assert back.keys() == saved.keys()
     assert all(torch.equal(back[k], saved[k]) for k in saved)

@@ -118,6 +118,10 @@ class TrainConfig:
     precision: Literal["auto", "bf16", "fp16", "fp32"] = flag(
         "auto", "auto: bf16 where the GPU has it, fp16 on older GPUs, fp32 elsewhere"
     )
+    shard: Literal["auto", "on", "off"] = flag(
+        AUTO,
+        "under torchrun: spread weights, gradients and moments over the GPUs; auto: where one GPU cannot hold them",
+    )
     compile: Literal["auto", "on", "off"] = flag("auto", "torch.compile; auto: on CUDA GPUs")
     compile_cache: Literal["on", "off"] = flag("on", "keep what torch.compile made with the run, for the next start")
     loading: Literal["auto", "preload", "memmap"] = flag(
@@ -177,6 +181,7 @@ FORGOTTEN = (
     "display",
     "micro_batch",
     "checkpoint_activations",
+    "shard",
     "device",
     "precision",
     "compile",

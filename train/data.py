@@ -88,14 +88,14 @@ class Data:
             self.replay.close()
 
 
-def open_data(config: TrainConfig, tokenizer: Tokenizer | None = None) -> Data:
-    """The dataset, none of its shards there yet: their sizes alone are checked. Every byte is verified before it is used.
+def open_data(config: TrainConfig, tokenizer: Tokenizer | None = None, *, copies: int = 1) -> Data:
+    """The dataset, `copies` times on this machine, none of its shards there yet: their sizes alone are checked. Every byte is verified before it is used.
 
     Raises UserError where it, or the one to replay, is not in the ids of `tokenizer`, that of the weights to begin with.
     """
-    data = _open(config.data, config)
+    data = _open(config.data, config, copies)
     if config.replay:
-        data.replay = _open(config.replay, config)
+        data.replay = _open(config.replay, config, copies)
     for one in (data, data.replay):
         if one and (tokenizer or data.tokenizer).vocabulary != one.tokenizer.vocabulary:
             whose = "the run of --init-from" if tokenizer else config.data
@@ -104,7 +104,7 @@ def open_data(config: TrainConfig, tokenizer: Tokenizer | None = None) -> Data:
     return data
 
 
-def _open(url: str, config: TrainConfig) -> Data:
+def _open(url: str, config: TrainConfig, copies: int) -> Data:
     if not fs.exists(fs.join(url, "metadata.json")):
         mount = (
             "mount your Drive first (drive.mount in a cell of its own), or "
@@ -120,7 +120,7 @@ def _open(url: str, config: TrainConfig) -> Data:
                         f"{tokens.vocab_size}: re-run prep")  # fmt: skip
     tokens.check_sizes()
     raw_bytes = sum(s.tokens for s in tokens.shards) * tokens.dtype.itemsize
-    staging = Staging(tokens, preload=choose_preload(config.loading, raw_bytes), limit=config.cache_limit)
+    staging = Staging(tokens, preload=choose_preload(config.loading, copies * raw_bytes), limit=config.cache_limit)
     train, val = (StagedShards(staging, tokens.split(split)) for split in ("train", "val"))
     return Data(tokens, tokenizer, staging, train, val)
 

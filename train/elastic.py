@@ -7,13 +7,14 @@ import torch
 from train.precision import Machine
 
 
-def machine_record(machine: Machine, micro_batch: int) -> dict[str, Any]:
+def machine_record(machine: Machine, micro_batch: int, processes: int) -> dict[str, Any]:
     """All that decides how sums are rounded, for state.json."""
     return {
         "name": machine.name,
         "device": machine.device.type,
         "precision": machine.precision,
         "micro_batch": micro_batch,
+        "processes": processes,
         "compile": machine.compile,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -41,6 +42,8 @@ def _words(machine: dict[str, Any], keys: list[str]) -> list[str]:
     words = [f"{name} in {machine['precision']}"]
     if "micro_batch" in keys:
         words.append(f"micro-batch {machine['micro_batch']}")
+    if "processes" in keys:
+        words.append(f"{machine['processes']} process{'es' if machine['processes'] > 1 else ''}")
     if "compile" in keys:
         words.append("compiled" if machine["compile"] else "not compiled")
     if "threads" in keys:

@@ -8,8 +8,10 @@ UNSAVED = (
 )
 STOPPED = 75  # EX_TEMPFAIL: told to stop before the end; the same command goes on
 FENCED = 76  # another trainer has taken the run over
+LOST = 77  # another process of the same run has died: torchrun --max-restarts starts all of them again
 
 MEANINGS = (
     "0 finished; 2 something you can set right; 3 diverged; 74 storage did not answer, 75 stopped: with --resume the "
-    "same command goes on; 76 another trainer has taken over; 128 + n ended by a second signal n"
+    "same command goes on; 76 another trainer has taken over; 77 another process of this run died; 128 + n ended by a "
+    "second signal n"
 )

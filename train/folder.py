@@ -276,7 +276,25 @@ class RunFolder:
 
     def warn(self, message: str) -> None:
         """One line on stderr."""
-        print(f"warning: {message}", file=sys.stderr, flush=True)
+        self.tell(f"warning: {message}")
+
+    def tell(self, line: str) -> None:
+        """That line on stderr."""
+        print(line, file=sys.stderr, flush=True)
+
+
+class BystandingFolder:
+    """The run folder of every process but the first: it knows the run, and writes nothing."""
+
+    def __init__(self, url: str) -> None:
+        self.url, self.run_id, self.attempt = url, "", 0
+        self.stored_config: dict[str, Any] | None = None
+        self.lease = self
+
+    def nothing(self, *arguments: object, **options: object) -> None:
+        """What rank 0 alone has to do."""
+
+    open = event = metrics = sample = warn = tell = renew = release = nothing
 
 
 def _identity(place: str) -> dict[str, Any] | None:

@@ -19,6 +19,7 @@ from train.config import TrainConfig
 from train.data import Data
 from train.folder import RunFolder
 from train.live import Display, Line
+from train.parallel import ALONE, Ranks
 from train.precision import Machine
 from train.state import State
 
@@ -31,10 +32,11 @@ class TrainLog:
 
     def __init__(
         self, folder: RunFolder, machine: Machine, state: State, *, total: int, tokens_per_step: int,
-        steps_per_epoch: float, display: Display,
+        steps_per_epoch: float, display: Display, ranks: Ranks = ALONE,
     ) -> None:  # fmt: skip
         self.display, self.told_s = display, float("-inf")
         self.folder, self.machine, self.total, self.tokens_per_step = folder, machine, total, tokens_per_step
+        self.world = ranks.world
         self.guard, self.scaler = state.guard, state.scaler
         self.flops_per_token, self.steps_per_epoch = state.model.flops_per_token(), steps_per_epoch
         self.start_s = time.monotonic() - state.elapsed_s
@@ -87,7 +89,7 @@ class TrainLog:
         peak = self.machine.peak_flops()
         now = Line(
             step=step, total=self.total, loss=loss, val_loss=val_loss, lr=lr, norm=norm, tokens_per_s=self.tokens_per_s,
-            mfu=self.tokens_per_s * self.flops_per_token / peak if peak else None, epoch=step / self.steps_per_epoch,
+            mfu=self.tokens_per_s * self.flops_per_token / (peak * self.world) if peak else None, epoch=step / self.steps_per_epoch,
             elapsed_s=self.elapsed_s, eta_s=(self.total - step) * self.tokens_per_step / self.tokens_per_s,
         )  # fmt: skip
         self.display.show(now, losses)
@@ -120,8 +122,9 @@ class _Pause:
 
 
 def describe(
-    config: TrainConfig, shape: GPTConfig, machine: Machine, data: Data, folder: RunFolder, state: State, total: int
-) -> None:
+    config: TrainConfig, shape: GPTConfig, machine: Machine, data: Data, folder: RunFolder, state: State, total: int,
+    ranks: Ranks = ALONE,
+) -> None:  # fmt: skip
     """The lines before the loop: what is trained on what, where, for how long."""
     mine, other = ("tied", "untied") if shape.tied else ("untied", "tied")
     millions = {name: n / 1e6 for name, n in count_params(shape).items()}
@@ -137,7 +140,12 @@ def describe(
           f"{tokens * (1 - config.replay_share) / n_train:.2f} epochs; micro-batch {config.micro_batch}{recomputed}; {config.optimizer}, peak lr {config.lr:g}, {config.schedule}")  # fmt: skip
     if config.init_from:
         print(f"tunes      {tuning(config, state)}")
-    print(f"machine    {machine.name}, {machine.precision}, torch {torch.__version__}, compile "
+    several = (
+        f"{ranks.world} processes{', the state sharded over them' if ranks.sharded else ''}, each on "
+        if ranks.world > 1
+        else ""
+    )
+    print(f"machine    {several}{machine.name}, {machine.precision}, torch {torch.__version__}, compile "
           f"{'on' if machine.compile else 'off'}, {torch.get_num_threads()} threads")  # fmt: skip
     begin = f"goes on from step {state.step}" if state.step else "starts"
     print(f"out        {fs.redact(folder.url)}: run {folder.run_id}, attempt {folder.attempt}, {begin}", flush=True)

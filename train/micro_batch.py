@@ -24,6 +24,7 @@ from store.shards import default_cache
 from train.config import AUTO, TrainConfig
 from train.folder import RunFolder
 from train.optim import step_unless
+from train.parallel import ALONE, STATE_BYTES, Ranks
 from train.precision import Machine
 from train.state import State
 
@@ -51,19 +52,26 @@ def is_out_of_memory(error: BaseException) -> bool:
 class MicroBatch:
     """The size in use. `run` makes it smaller, and as a last resort has activations recomputed, when memory ends."""
 
-    def __init__(self, config: TrainConfig, state: State, machine: Machine, folder: RunFolder) -> None:
-        self.state, self.machine, self.folder, self.batch = state, machine, folder, config.batch
+    def __init__(
+        self, config: TrainConfig, state: State, machine: Machine, folder: RunFolder, ranks: Ranks = ALONE
+    ) -> None:
+        self.state, self.machine, self.folder, self.ranks = state, machine, folder, ranks
+        self.batch = config.batch // ranks.world  # this rank's rows of it
+        self.told = config.micro_batch != AUTO
         self.fault: UserError | None = None  # memory ended, and nothing is left to be made smaller
         self.may_recompute = config.checkpoint_activations == AUTO
         state.model.recompute = config.checkpoint_activations == "on"
-        self.note = _note_path(config, state.model.config, machine)
-        if config.micro_batch != AUTO:
-            self.size = min(config.micro_batch, config.batch)
+        self.note = _note_path(config, state.model.config, machine, ranks)
+        if self.told:
+            self.size = min(config.micro_batch, self.batch)
         elif can_try(machine):
-            self.size = self._remembered() or self._tried(MOST_TOKENS // config.block_size)
+            find = self._estimated if ranks.sharded else self._tried
+            size = self._remembered() or find(MOST_TOKENS // config.block_size)
+            self.size = ranks.least(size)
+            state.model.recompute = ranks.any(state.model.recompute)
             self._remember()
         else:
-            self.size = largest_divisor(config.batch, CPU_TOKENS // config.block_size)
+            self.size = largest_divisor(self.batch, CPU_TOKENS // config.block_size)
 
     def run(self, action: Callable[..., T], *args: Any, **options: Any) -> T | None:
         """action(*args, **options, micro_batch=size). Where memory ends in it, the same again with a smaller size, from the
@@ -83,10 +91,19 @@ class MicroBatch:
             was = self._words()
             if not self._make_smaller():
                 self.fault = self._no_room()
+            if self.ranks.world > 1:
+                raise self.fault or self._start_anew(was)
+            if self.fault:
                 return None
             self.folder.warn(f"out of memory with {was}: goes on with {self._words()} from the same step")
             self.folder.event("out_of_memory", step=self.state.step, micro_batch=self.size,
                               recompute=self.state.model.recompute)  # fmt: skip
+
+    def _start_anew(self, was: str) -> UserError:
+        """The other ranks are in the middle of this step, and wait for this one's gradients: all have to begin again."""
+        kept = can_try(self.machine) and not self.told
+        return UserError(f"out of memory with {was} on rank {self.ranks.rank}: the same command with --resume "
+                         f"{f'takes {self._words()} from now on' if kept else f'and --micro-batch {self.size} goes on'}")  # fmt: skip
 
     def _make_smaller(self) -> bool:
         if self.size > 1:
@@ -124,6 +141,17 @@ class MicroBatch:
                     return size
         raise self._no_room()
 
+    def _estimated(self, at_most: int) -> int:
+        """Where the state is sharded: ranks wait for one another in every layer, so a try that fails on one would hang."""
+        shape, params = self.state.model.config, sum(p.numel() for p in self.state.model.parameters())
+        free = 0.8 * self.machine.memory_bytes() - STATE_BYTES * params / self.ranks.world
+        # Megatron's 34 bytes per token, layer and width (Korthikanti et al. 2022, attention fused), and the head's chunk
+        per_token = 34 * shape.n_layer * shape.n_embd + 8 * shape.n_embd
+        fits = int(free / (per_token * shape.block_size))
+        if fits < 1 and self.may_recompute:
+            self.state.model.recompute = True
+        return largest_divisor(self.batch, min(at_most, fits))
+
     def _fits(self, size: int) -> bool:
         """Whether there is the memory for a whole step of this size. Leaves the state as it is, to the bit.
 
@@ -142,9 +170,10 @@ class MicroBatch:
 
     def _try(self, size: int) -> None:
         model, optimizer, device = self.state.model, self.state.optimizer, self.machine.device
-        ballast = torch.empty(int(SPARE * _memory_bytes(self.machine)), dtype=torch.uint8, device=device)
+        ballast = torch.empty(int(SPARE * self.machine.memory_bytes()), dtype=torch.uint8, device=device)
         ids = torch.zeros((size, model.config.block_size + 1), dtype=torch.int64, device=device)
-        for _ in range(min(2, self.batch // size)):  # the second finds the first one's gradients there
+        # the second pass finds the first one's gradients there; DDP keeps their memory from step to step
+        for _ in range(2 if self.ranks.world > 1 else min(2, self.batch // size)):
             with self.machine.autocast():
                 loss = model(ids[:, :-1], ids[:, 1:])
             loss.backward()
@@ -180,17 +209,13 @@ class MicroBatch:
         return largest_divisor(self.batch, size)
 
 
-def _note_path(config: TrainConfig, shape: GPTConfig, machine: Machine) -> Path:
+def _note_path(config: TrainConfig, shape: GPTConfig, machine: Machine, ranks: Ranks) -> Path:
     """Where the size is kept; the name holds all that decides which one fits."""
-    parts = [asdict(shape), machine.name, _memory_bytes(machine), machine.precision, machine.compile, torch.__version__, config.optimizer,
-             config.batch, config.lora_rank,
+    parts = [asdict(shape), machine.name, machine.memory_bytes(), machine.precision, machine.compile, torch.__version__, config.optimizer,
+             config.batch, ranks.world, ranks.sharded, config.lora_rank,
              config.checkpoint_activations == "on"]  # fmt: skip
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
     return (config.cache_folder or default_cache()) / "micro-batch" / f"{key}.json"
-
-
-def _memory_bytes(machine: Machine) -> int:
-    return torch.cuda.get_device_properties(machine.device).total_memory if machine.device.type == "cuda" else 0
 
 
 def divisors(n: int, at_most: int) -> Iterator[int]:

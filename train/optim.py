@@ -143,10 +143,3 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tenso
         if parameter.requires_grad
         for key, value in state[parameter].items()
     }
-
-
-@torch.no_grad()
-def load_optimizer_tensors(model: nn.Module, optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put saved state, of the same names and shapes, back where the optimizer keeps it."""
-    for name, tensor in optimizer_tensors(model, optimizer).items():
-        tensor.copy_(tensors[name])

@@ -53,6 +53,10 @@ class Machine:
             return None
         return next((peak for part, peak in PEAK_FLOPS.items() if part in self.name), None)
 
+    def memory_bytes(self) -> int:
+        """The GPU's memory; 0 off CUDA."""
+        return torch.cuda.get_device_properties(self.device).total_memory if self.device.type == "cuda" else 0
+
     def peak_memory_bytes(self) -> int | None:
         """Most GPU memory held at once since the start; None off CUDA."""
         return torch.cuda.max_memory_reserved(self.device) if self.device.type == "cuda" else None

@@ -47,6 +47,8 @@ class StopSignal:
         self.stop_after_s = stop_after_s  # of the process's life
         self.reserve_s = 0.0  # what the last save will take, for `stop_after_s`
         self.nothing_to_save = True  # a signal ends the program at once: nothing new has been learnt yet
+        self.alone = True  # else other processes wait for this one: it leaves nothing in its middle
+        self.silent = False  # another process says it
         self.interrupted = False  # Interrupted was raised: what the program ends with now comes of it
         self.record: Callable[..., None] = lambda event, **fields: None  # writes an event: RunFolder.event, once open
         self._beat = Heartbeat()  # whoever asks whether to stop is alive
@@ -83,6 +85,8 @@ class StopSignal:
     def unless_stopped(self, action: Callable[[], T]) -> T | None:
         """What `action` returns; None when it had not ended, or begun, as a signal came. It may change nothing that is
         saved: it is left in its middle."""
+        if not self.alone:
+            return action()
         try:
             self._interruptible = True
             return None if self() else action()
@@ -161,7 +165,8 @@ class StopSignal:
         """A line on stderr and an event, in a thread of their own: either may hang, the watchdog may not."""
 
         def say() -> None:
-            _write(line)
+            if not self.silent:
+                _write(line)
             self.record(event, **fields)
 
         thread = threading.Thread(target=say, daemon=True)

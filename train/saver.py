@@ -18,6 +18,7 @@ from train.config import AUTO, TrainConfig
 from train.folder import RunFolder
 from train.guard import first_nonfinite
 from train.mirror import Mirror
+from train.parallel import whole
 from train.precision import Machine
 
 
@@ -40,7 +41,7 @@ class Snapshot:
             self._allocate(parts, on_gpu)
         for part, tensors in parts.items():
             for name, t in tensors.items():
-                self.buffers[part][name].copy_(t.detach(), non_blocking=on_gpu)
+                self.buffers[part][name].copy_(whole(t.detach()), non_blocking=on_gpu)
         if on_gpu:  # the next step's kernels queue behind these copies: the host need not wait for either
             self.copied = torch.cuda.Event()
             self.copied.record()
@@ -63,6 +64,39 @@ class Snapshot:
         """Until the copies are complete."""
         if self.copied is not None:
             self.copied.synchronize()
+
+
+class BystandingSaver:
+    """The Saver of every rank but the first: it gives its shards, and waits for nothing."""
+
+    begun_step, error, write_s = 0, None, 0.0
+
+    def begin(self, step: int, parts: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+        """Take part in gathering what rank 0 saves."""
+        for tensors in parts.values():
+            for t in tensors.values():
+                whole(t.detach())
+
+    def due(self, step: int) -> bool:
+        """Rank 0 decides."""
+        return False
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Nothing is in flight here."""
+        return True
+
+    def newest(self) -> str:
+        """Rank 0 knows."""
+        return ""
+
+    def takes_s(self) -> float:
+        """Rank 0 alone leaves time for it."""
+        return 0.0
+
+    def nothing(self, *arguments: object) -> None:
+        """What rank 0 alone has to do."""
+
+    resumed = put_off = check = finish = nothing
 
 
 def _padded(t: Tensor) -> int:

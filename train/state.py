@@ -14,7 +14,8 @@ from train import checkpoint
 from train.config import TrainConfig, stored_form
 from train.data import Data
 from train.guard import Guard, first_nonfinite
-from train.optim import Optimizer, load_optimizer_tensors, make_optimizer, optimizer_tensors
+from train.optim import Optimizer, make_optimizer, optimizer_tensors
+from train.parallel import ALONE, Ranks
 from train.precision import Machine
 
 if TYPE_CHECKING:
@@ -50,8 +51,8 @@ def checkpoint_fits(found: checkpoint.Checkpoint, shape: GPTConfig) -> None:
 
 
 def new_state(
-    config: TrainConfig, shape: GPTConfig, machine: Machine, base: "Weights | None" = None
-) -> State:  # fmt: skip
+    config: TrainConfig, shape: GPTConfig, machine: Machine, base: "Weights | None" = None, ranks: Ranks = ALONE
+) -> State:
     """Fresh weights, the same on every machine for one seed: they are drawn on the CPU. Or those of `base`."""
     model = GPT(shape)
     if base:
@@ -59,7 +60,7 @@ def new_state(
         model.load_state_dict(base.tensors)
     if config.lora_rank:
         lora.add_adapters(model, rank=config.lora_rank, alpha=config.lora_alpha)
-    model = model.to(machine.device)
+    model = ranks.place(model, machine, config.shard)
     optimizer = make_optimizer(
         config.optimizer, model, lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay,
         device_type=machine.device.type,
@@ -95,28 +96,18 @@ def state_record(config: TrainConfig, state: State, data: Data, machine: dict[st
     }
 
 
-def restore(state: State, found: checkpoint.Checkpoint, machine: Machine) -> None:
-    """Put a verified checkpoint into a fresh state of the same shape. Raises DataError where it is not of that shape.
+def restore(state: State, found: checkpoint.Checkpoint, machine: Machine, ranks: Ranks = ALONE) -> None:
+    """Put a verified checkpoint, whose tensors rank 0 has, into a fresh state of the same shape on every rank.
 
-    Of an imported one (scripts/import_hf.py) there are weights alone: the rest begins anew.
+    Of an imported one (scripts/import_hf.py) there are weights alone: the rest begins anew. Raises DataError where it is
+    not of that shape.
     """
-    weights, moments = found.tensors["model.safetensors"], found.tensors["optimizer.safetensors"]
-    same_tensors(weights, state.model.state_dict(), "model.safetensors")
+    if ranks.first:
+        _check_tensors(state, found, machine)
+    ranks.load(state.model.state_dict(), found.tensors.get("model.safetensors", {}))
     if found.state.get("imported"):
-        if wrong := first_nonfinite(weights):
-            raise DataError(f"{found.manifest.name}: {wrong} holds what is not a number: import a sound model")
-        state.model.load_state_dict(weights)
         return
-    # hashes prove that the bytes are the writer's, not that the writer was kind: a wrong shape would crash in native code
-    same_tensors(moments, optimizer_tensors(state.model, state.optimizer), "optimizer.safetensors")
-    if wrong := first_nonfinite(weights) or first_nonfinite(moments):
-        raise DataError(f"{found.manifest.name}: {wrong} holds what is not a number: restore an older checkpoint, or give "
-                        "another --out")  # fmt: skip
-    rng, usual = found.tensors["rng.safetensors"], machine.rng_tensors()
-    same_tensors({k: t for k, t in rng.items() if k in usual}, {k: t for k, t in usual.items() if k in rng or k == "cpu"},
-                 "rng.safetensors")  # fmt: skip
-    state.model.load_state_dict(weights)
-    load_optimizer_tensors(state.model, state.optimizer, moments)
+    ranks.load(optimizer_tensors(state.model, state.optimizer), found.tensors.get("optimizer.safetensors", {}))
     scaler = found.state["scaler"]
     if state.scaler.is_enabled() and scaler:  # none where it comes from bf16 or fp32: then it begins anew
         try:
@@ -127,7 +118,26 @@ def restore(state: State, found: checkpoint.Checkpoint, machine: Machine) -> Non
     state.val_loss, state.val_due = found.state["val_loss"], bool(found.state.get("val_due"))
     state.base = found.state.get("base")
     state.guard.load({k: int(_number(v)) for k, v in found.state.get("guard", {}).items()})
-    machine.set_rng_tensors(rng)
+    if ranks.first:
+        machine.set_rng_tensors(found.tensors["rng.safetensors"])
+
+
+def _check_tensors(state: State, found: checkpoint.Checkpoint, machine: Machine) -> None:
+    """Raises DataError unless all of them are finite, and of this state's names and shapes."""
+    weights, moments = found.tensors["model.safetensors"], found.tensors["optimizer.safetensors"]
+    same_tensors(weights, state.model.state_dict(), "model.safetensors")
+    if found.state.get("imported"):
+        if wrong := first_nonfinite(weights):
+            raise DataError(f"{found.manifest.name}: {wrong} holds what is not a number: import a sound model")
+        return
+    # hashes prove that the bytes are the writer's, not that the writer was kind: a wrong shape would crash in native code
+    same_tensors(moments, optimizer_tensors(state.model, state.optimizer), "optimizer.safetensors")
+    if wrong := first_nonfinite(weights) or first_nonfinite(moments):
+        raise DataError(f"{found.manifest.name}: {wrong} holds what is not a number: restore an older checkpoint, or give "
+                        "another --out")  # fmt: skip
+    rng, usual = found.tensors["rng.safetensors"], machine.rng_tensors()
+    same_tensors({k: t for k, t in rng.items() if k in usual}, {k: t for k, t in usual.items() if k in rng or k == "cpu"},
+                 "rng.safetensors")  # fmt: skip
 
 
 def _number(value: Any) -> float:
