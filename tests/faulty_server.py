@@ -104,11 +104,11 @@ class FaultyServer:
             fault = self.rng.choice((503, 429, 500, "drop", "drop after", "truncate", "flip"))
         if self.loop.time() < self.down_until:
             fault = "drop"
-        if fault == "silent":
-            await asyncio.sleep(60)
         if isinstance(fault, int):
             return self.refuse(fault)
-        if fault == "drop":
+        if fault == "silent":
+            await asyncio.sleep(60)
+        if fault in ("drop", "silent"):
             request.transport.abort()
             return web.Response()
         if fault in ("truncate", "flip") and kind in UPLOADS:
