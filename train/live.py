@@ -151,6 +151,9 @@ class Display:
                 self.saved = f"step {line['step']} at {at} ({count(line['bytes'])}B in {line['seconds']:.1f} s)"
             else:
                 self.stored = f", step {line['step']} stored at {at}"
+        elif line["event"] == "signal" and self.live:
+            # train/preempt.py has just written past Python's streams: the next panel is drawn below, not over that
+            self.live._live_render._shape = None
         elif line["event"] in ENDS:
             self.close()
 

@@ -23,7 +23,7 @@ from cli.progress import count, duration
 from gpt.model import GPTConfig
 from store import fs
 from store.errors import NotFound
-from train import checkpoint, checks, estimate
+from train import checkpoint, checks, estimate, loggers
 from train import config as settings
 from train.checks import Check
 from train.config import AUTO, TrainConfig
@@ -245,6 +245,9 @@ def look(config: TrainConfig, plan: Plan | None) -> list[Check]:
                                "--loading memmap", ok=False))  # fmt: skip
         found.append(checks.device_memory(plan.machine, plan.memory.total, host))
         found.append(checks.driver(plan.machine))
+    if "wandb" in config.log_to:
+        key = "has a key" if loggers.wandb_key() else "finds no key (WANDB_API_KEY, ~/.netrc): it would log offline"
+        found.append(Check("log", f"wandb {key}"))
     if settings.dies_with_the_machine(config.out):
         found.append(Check("out", f"{config.out} is on this Colab machine and goes when it goes: mount your Drive, or give "
                            "a gs:// URL", ok=False))  # fmt: skip
