@@ -214,8 +214,15 @@ def test_a_key_is_asked_for_and_a_foreign_name_refused(model, tokenizer, port):
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_stops_the_model(port, capsys, stream):
+def test_a_client_that_leaves_stops_the_model(model, port, capsys, stream):
     capsys.readouterr()
+    asked = 0  # for the next token
+
+    def count(*_):
+        nonlocal asked
+        asked += 1
+
+    hook = model.wte.register_forward_pre_hook(count)
     body = {"messages": HELLO, "max_tokens": BLOCK, "temperature": 0}
     if stream:
         response = ask(port, **body, stream=True)
@@ -232,8 +239,12 @@ def test_a_client_that_leaves_stops_the_model(port, capsys, stream):
     while not said and time.monotonic() < until:
         said = capsys.readouterr().err
         time.sleep(0.02)
-    m = re.search(r"\+ (\d+) tokens in .*: the client left", said)
-    assert int(m[1]) < 900  # of about 1,000
+    assert re.search(r"\+ (\d+) tokens in .*: the client left", said)
+    time.sleep(0.1)
+    then = asked
+    time.sleep(0.2)
+    hook.remove()
+    assert then == asked < 900  # of about 1,000
     assert answer(port, messages=HELLO, max_tokens=1)["usage"]["completion_tokens"] == 1
 
 
