@@ -125,9 +125,10 @@ def _plan(config: TrainConfig, given: frozenset[str], found: list[Check]) -> Pla
             if manifests:
                 step = manifests[-1].step
                 record = checkpoint.load(config.out, manifests[-1], ("state.json",)).state
-                config = settings.merge_resumed(record["config"], config, given)
+                config = settings.merge_resumed(record["config"], config, given, imported=bool(record.get("imported")))
             elif folder.stored_config:
                 config = settings.merge_begun(folder.stored_config, config, given)
+        settings.check_tuning(config)
         settings.check_tuning(config)
         if config.init_from and not record:
             base = load_weights(config.init_from)
