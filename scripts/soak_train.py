@@ -411,7 +411,6 @@ def endure(soak: Soak, misfortunes: list[Callable[[Soak], None]]) -> None:
             if code == 0:
                 return
             promised = newest_promised(soak)
-            soak.attempt = max([soak.attempt, *(e["attempt"] for e in soak.logged_starts())])
             soak.start()
             check_start(soak, promised)
     while soak.end() != 0:
@@ -419,7 +418,11 @@ def endure(soak: Soak, misfortunes: list[Callable[[Soak], None]]) -> None:
 
 
 def newest_promised(soak: Soak) -> int:
-    """The highest step that was ever reported as saved in a place that the soak has not destroyed since."""
+    """The highest step that was ever reported as saved in a place that the soak has not destroyed since.
+
+    To be asked before a misfortune too: that may take the log with it.
+    """
+    soak.attempt = max([soak.attempt, *(e["attempt"] for e in soak.logged_starts())])
     for e in read_lines(soak.tier() / "events.jsonl"):
         if (
             e["event"] == "saved"
