@@ -1,27 +1,23 @@
 """The training loss: output projection and cross-entropy in one, a few rows at a time.
 
 Float32 logits of a whole batch are the largest thing in training a small GPT: 16k tokens over 32k ids are 2 GB,
-several times over. Here at most CHUNK_LOGITS of them exist; each chunk turns its logits into its share of the loss
-and of both gradients at once, so nothing is kept or computed twice (the arrangement of Liger Kernel's
+several times over. Here CHUNK_LOGITS of them exist at most, in the matmuls' format; each chunk turns its logits into its
+share of the loss and of both gradients at once, so nothing is kept or computed twice (the arrangement of Liger Kernel's
 FusedLinearCrossEntropy, arXiv:2410.10989, in plain torch).
 
-Seconds and peak GB over the inputs, forward + backward, 4,096 rows, V = 32,000, 2 CPU cores, torch 2.13.
-Best of 3 on a quiet machine, one run each (the seconds of "this" with earlier forms of its loop). Paired repeats on a
-busy machine moved the seconds by up to 2.7x, but this stayed ahead of F.cross_entropy in all four columns:
+On a CPU the time that is not matmuls was spent on memory: each pass over a chunk went to RAM, and each fresh buffer of
+more than 32 MB is zeroed page by page by the kernel. So the chunk's logits have one buffer, which their gradients
+overwrite, and softmax works on tiles of it. 4,096 rows, C = 256, V = 32,000, forward and backward on one core, seconds
+(scripts/bench_train.py has whole steps):
 
-                          C=256 fp32   C=256 bf16   C=768 fp32   C=768 bf16
-    F.cross_entropy       2.00  1.55   1.92  1.60   4.75  1.53   3.18  1.56
-    this                  1.56  0.33   1.31  0.34   3.87  0.35   2.23  0.50
-    checkpointed chunks   2.96  0.62   2.11  0.55   5.50  0.58   3.67  0.56
-    torch's own, chunked  2.33  0.18   3.60  0.35   4.69  0.30   6.62  0.62
-    compiled: F.c_e       1.33  0.50   0.71  0.26   3.30  0.61   1.88  0.36
-    compiled: this        1.42  0.31   0.84  0.23   3.44  0.45   1.80  0.42
+                                            bf16   fp32
+    the three matmuls alone                 0.98   2.05
+    this                                    1.25   2.45
+    in plain operations on whole chunks     1.88   2.63
 
 Not torch.nn.functional.linear_cross_entropy, although torch 2.13 has it: with bfloat16 inputs it returns a bfloat16
-loss (10.19 where the others give 10.52; acc_policy="accurate" too, though that takes only 0.88 s and 1.93 s), it stays
-eager inside torch.compile, and torch 2.6 lacks it. F.cross_entropy compiled is about as fast at 4,096 rows (18 %
-ahead to 14 % behind), but its logits grow with the rows, and uncompiled it is slower. No GPU was at hand: measure
-CHUNK_LOGITS on one.
+loss (10.19 where the others give 10.52; acc_policy="accurate" too), in float32 it is slower than F.cross_entropy on a
+CPU, and torch 2.6 lacks it. No GPU was at hand: measure CHUNK_LOGITS on one.
 """
 
 import torch
@@ -30,8 +26,8 @@ from torch import Tensor
 from gpt.errors import GPTError
 
 IGNORE_INDEX = -100
-MOST_CHUNKS = 16
-CHUNK_LOGITS = 2**25  # 1,024 rows of a 32k vocabulary, 128 MiB in float32
+CHUNK_LOGITS = 2**25  # 1,024 rows of a 32k vocabulary: 64 MiB in bfloat16
+TILE_LOGITS = 2**21  # 8 MiB in float32: what a CPU's cache still holds from one operation to the next
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -50,67 +46,84 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     # No `torch.autocast(enabled=False)` around this: every matmul below has its dtype already, and torch's cache of
     # traced graphs takes none that enters autocast (a warm start of 6 layers then traced for 8 s instead of 3).
-    if torch.is_grad_enabled():
-        total = _SummedLoss.apply(x, weight, targets, dtype)
-    else:
-        total, _, _ = _loss_and_grads(x, weight, targets, dtype, grads=False)
+    total, _, _ = summed_loss(x, weight, targets, dtype, torch.is_grad_enabled())
     # A plain 0/0 would be NaN where every target is ignored, and one such batch would end a training run.
     return total / (targets != IGNORE_INDEX).sum().clamp(min=1)
 
 
-class _SummedLoss(torch.autograd.Function):
-    """The sum over rows. The mean's 1/N and a GradScaler's factor arrive in backward, where they multiply float32:
-    applied before the float16 matmuls, 1/N alone would push most of the softmax below the smallest float16."""
+@torch.library.custom_op("perennial::summed_loss", mutates_args=())
+def summed_loss(
+    x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, grads: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss summed over rows and, if asked for, its gradients (N, C) and (V, C), all at least float32.
 
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
-        total, dx, dweight = _loss_and_grads(x, weight, targets, dtype, grads=True)
-        ctx.save_for_backward(dx, dweight)
-        ctx.dtypes = x.dtype, weight.dtype
-        return total
-
-    @staticmethod
-    def backward(ctx, grad_total: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        dx, dweight = ctx.saved_tensors
-        x_dtype, weight_dtype = ctx.dtypes
-        # Not in place: the graph may be walked again (retain_graph).
-        return (dx * grad_total).to(x_dtype), (dweight * grad_total).to(weight_dtype), None, None
-
-
-def _loss_and_grads(
-    x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, *, grads: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The summed loss and, if asked for, its gradients (N, C) and (V, C), all at least float32."""
+    One operation to torch.compile: unrolled and fused by it, the loop below was slower on a CPU (1.1x at 4,096 rows) and
+    took 15 s to compile with 4 chunks, 209 s with 128.
+    """
     wide = torch.promote_types(dtype, torch.float32)
-    w = weight.to(dtype)
-    dweight = torch.zeros(weight.shape, dtype=wide, device=x.device) if grads else None
-    total, dx = torch.zeros((), dtype=wide, device=x.device), []
-    rows = max(64, CHUNK_LOGITS // weight.shape[0] // 64 * 64)  # whole matmul tiles
+    x, w, index = x.to(dtype), weight.to(dtype), targets.clamp(min=0)[:, None]  # (N, 1)
+    counted = (targets != IGNORE_INDEX)[:, None].to(wide)  # (N, 1), 0 or 1
+    total = torch.zeros((), dtype=wide, device=x.device)
+    dx = torch.empty(x.shape if grads else 0, dtype=wide, device=x.device)
+    dweight = torch.zeros(weight.shape if grads else 0, dtype=wide, device=x.device)
+    rows = max(64, CHUNK_LOGITS // len(w) // 64 * 64)  # whole matmul tiles
     if dtype == torch.float16:
         rows = min(rows, 4096)  # a float16 matmul over more rows can sum past 65,504 for a target that is very common
-    # torch.compile unrolls the loop: 128 chunks took it 209 s on a CPU, 4 took 15
-    rows = max(rows, -(-x.shape[0] // MOST_CHUNKS))
-    for x_rows, target_rows in zip(x.to(dtype).split(rows), targets.split(rows), strict=True):
-        loss_rows, dx_rows = _rows_loss_and_grads(x_rows, w, target_rows, dweight)
-        total += loss_rows
-        dx.append(dx_rows)
-    return total, torch.cat(dx) if grads else None, dweight
+    buffer = torch.empty(min(rows, len(x)), len(w), dtype=dtype, device=x.device)  # a fresh one each time cost 30 %
+    for begin in range(0, len(x), rows):
+        part = slice(begin, begin + rows)
+        logits = torch.mm(x[part], w.T, out=buffer[: len(x[part])])  # (n, V)
+        total += _loss_and_dlogits(logits, index[part], counted[part], grads=grads)
+        if grads:
+            _add_product(dweight, logits.T, x[part] * counted[part].to(dtype))
+            dx[part] = (logits @ w) * counted[part]
+    return total, dx, dweight
 
 
-def _rows_loss_and_grads(x: Tensor, w: Tensor, targets: Tensor, dweight: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """One chunk's summed loss and dx; adds its share to dweight. A function, so that its logits die before the next."""
-    logits = x @ w.T  # (n, V)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    counted = (targets != IGNORE_INDEX)[:, None].to(logits.dtype)  # (n, 1), 0 or 1
-    index = targets.clamp(min=0)[:, None]  # (n, 1)
-    logits -= logits.amax(1, keepdim=True)
-    at_target = logits.gather(1, index)
-    exp = logits.exp_()  # in place: from here on logits are gone
-    norm = exp.sum(1, keepdim=True)
-    loss = ((norm.log() - at_target) * counted).sum()
-    if dweight is None:
-        return loss, None
-    exp *= counted / norm  # softmax, ...
-    dlogits = exp.scatter_add_(1, index, -counted).to(x.dtype)  # ... less one at the target
-    dweight += dlogits.T @ x  # float32 sum: in bfloat16 later chunks would be rounded away
-    return loss, (dlogits @ w).to(logits.dtype)
+def _loss_and_dlogits(logits: Tensor, index: Tensor, counted: Tensor, *, grads: bool) -> Tensor:
+    """The summed loss of the rows counted; `logits` (n, V) become its derivative by them, were all rows counted."""
+    wide, total = counted.dtype, torch.zeros((), dtype=counted.dtype, device=logits.device)
+    tile = max(1, TILE_LOGITS // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
+    for rows, target, mask in zip(logits.split(tile), index.split(tile), counted.split(tile), strict=True):
+        best = rows.amax(1, keepdim=True).to(wide)
+        at_target = rows.gather(1, target).to(wide)
+        softmax = torch.softmax(rows, 1, dtype=wide)
+        # -log(softmax at the target), without the underflow of a target that is very unlikely: the best id's share is not
+        total += ((best - at_target - softmax.amax(1, keepdim=True).log()) * mask).sum()
+        if grads:
+            rows.copy_(softmax.scatter_add_(1, target, -torch.ones_like(mask)))
+    return total
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, summed in total's own dtype: in bfloat16 later chunks would be rounded away."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
+
+
+@summed_loss.register_fake
+def _(x, weight, targets, dtype, grads):
+    wide = torch.promote_types(dtype, torch.float32)
+    shapes = ((), x.shape if grads else (0,), weight.shape if grads else (0,))
+    return tuple(torch.empty(shape, dtype=wide, device=x.device) for shape in shapes)
+
+
+def _keep_gradients(ctx, inputs, output) -> None:
+    _, dx, dweight = output
+    ctx.set_materialize_grads(False)  # nothing depends on the two gradients that the operation returns
+    ctx.save_for_backward(dx, dweight)
+    ctx.dtypes = inputs[0].dtype, inputs[1].dtype
+
+
+def _scale_gradients(ctx, grad_total, *_):
+    """The mean's 1/N and a GradScaler's factor arrive here, where they multiply float32: applied before the float16
+    matmuls, 1/N alone would push most of the softmax below the smallest float16."""
+    dx, dweight = ctx.saved_tensors
+    x_dtype, weight_dtype = ctx.dtypes
+    # Not in place: the graph may be walked again (retain_graph).
+    return (dx * grad_total).to(x_dtype), (dweight * grad_total).to(weight_dtype), None, None, None
+
+
+summed_loss.register_autograd(_scale_gradients, setup_context=_keep_gradients)

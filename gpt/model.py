@@ -104,7 +104,7 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
         else:
             k, v = cache.update(layer, k, v)  # (B, H, S, D): S positions so far
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=cache.mask)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=cache.mask, is_causal=cache.causal)
         y = y.transpose(1, 2).reshape(B, T, C)  # (B, H, T, D) -> (B, T, C)
         return self.residual_dropout(self.proj(y))
 

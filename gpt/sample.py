@@ -73,17 +73,25 @@ class KVCache:
             raise GPTError(f"{max(self.lengths)} + {T} positions exceed the cache's {self.k.shape[3]}: prefill again")
         device = self.k.device
         self.positions = torch.tensor(self.lengths, device=device)[:, None] + torch.arange(T, device=device)  # (B, T)
+        self.level = min(self.lengths) == max(self.lengths)
+        self.causal = max(self.lengths) == 0 and T > 1
         self.lengths = [length + T for length in self.lengths]
         self.used = max(self.lengths)
-        # A key is visible to its own and later positions: (B, 1, T, S). This hides another row's longer tail too.
-        self.mask = (torch.arange(self.used, device=device) <= self.positions[:, :, None])[:, None]
+        # A key is visible to its own and later positions: (B, 1, T, S). This hides another row's longer tail too. None
+        # where `causal` says the same, or where one position sees all there are: torch has faster kernels for these.
+        maskless = self.causal or (self.level and T == 1)
+        keys = torch.arange(self.used, device=device)
+        self.mask = None if maskless else (keys <= self.positions[:, :, None])[:, None]
         return self.positions
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store one layer's new keys and values (B, H, T, D); returns all of them so far, (B, H, S, D)."""
         rows = torch.arange(k.shape[0], device=k.device)[:, None]  # (B, 1) against positions (B, T)
         for store, new in ((self.k[layer], k), (self.v[layer], v)):
-            store[rows, :, self.positions] = new.transpose(1, 2).to(store.dtype)  # (B, T, H, D)
+            if self.level:
+                store[:, :, self.used - new.shape[2] : self.used] = new
+            else:
+                store[rows, :, self.positions] = new.transpose(1, 2).to(store.dtype)  # (B, T, H, D)
         return self.k[layer, :, :, : self.used], self.v[layer, :, :, : self.used]
 
     def truncate(self, lengths: Sequence[int]) -> None:
@@ -95,6 +103,20 @@ class KVCache:
         index = torch.tensor(rows, device=self.k.device)
         self.k, self.v = self.k[:, index], self.v[:, index]
         self.lengths = [self.lengths[row] for row in rows]
+
+
+def lay_out_for_decoding(model: GPT) -> GPT:
+    """The same model, its widening matrices stored by columns where that is faster: float32 on a CPU. Returns it.
+
+    One row times a matrix is all that decoding does, at the speed of reading the matrix: 768 -> 3,072 ran at 19.5 GB/s
+    so, at 13.1 by rows (MKL, one Zen 4 core, where reading alone does 17.6); 3,072 -> 768 is faster by rows.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module.out_features > module.in_features:
+            weight = module.weight.data
+            if weight.device.type == "cpu" and weight.dtype == torch.float32:
+                module.weight.data = weight.t().contiguous().t()  # the same shape, other strides
+    return model
 
 
 def prefill(model: GPT, prompts: Sequence[Sequence[int]], cache: KVCache | None = None) -> Tensor:

@@ -14,6 +14,7 @@ from cli import flags
 from cli.flags import flag
 from gpt.errors import GPTError
 from gpt.model import GPT
+from gpt.sample import lay_out_for_decoding
 from gpt.tokenizer import Tokenizer
 from scripts import sample
 from scripts.answering import Answer, fit
@@ -142,7 +143,8 @@ class Chat:
 def main(argv: list[str] | None = None) -> int:
     """Read a message, stream the answer, remember both; until /quit or the end of the input."""
     args, _ = flags.parse(ChatFlags, argv, prog="chat.py", description=__doc__)
-    model, tokenizer = load_model(args.run, device=args.device, step=args.step)
+    model, tokenizer = load_model(args.run, device=args.device, step=args.step, precision=args.precision)
+    lay_out_for_decoding(model)
     chat = Chat(model, tokenizer, args)
     interactive = sys.stdin.isatty()
     with remembered_lines() if interactive else contextlib.nullcontext():

@@ -8,15 +8,18 @@ from train.precision import choose_machine
 from train.weights import find, load_weights
 
 
-def load_model(run: str, *, device: str = "auto", step: int | None = None) -> tuple[GPT, Tokenizer]:
+def load_model(
+    run: str, *, device: str = "auto", step: int | None = None, precision: str = "fp32"
+) -> tuple[GPT, Tokenizer]:  # fmt: skip
     """(model in eval mode, tokenizer) of a run at any URL: its newest checkpoint, or that of `step`; adapters merged.
 
-    Every byte is verified; nothing in the run is changed. Raises UserError or DataError.
+    Weights are in `precision`, as --precision of train/run.py means it. Every byte is verified; nothing in the run is changed. Raises UserError or DataError.
     """
     weights = load_weights(run, step=step)
     model = GPT(weights.shape)
     model.load_state_dict(weights.tensors)
-    return model.to(choose_machine(device, "auto", "off").device).eval(), weights.tokenizer
+    machine = choose_machine(device, precision, "off")
+    return model.to(machine.device, machine.dtype).eval(), weights.tokenizer
 
 
 def load_record(run: str, *, step: int | None = None) -> dict[str, Any]:

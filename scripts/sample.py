@@ -11,11 +11,13 @@ if __name__ == "__main__":  # Python put this file's folder first in sys.path: t
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from dataclasses import dataclass
+from typing import Literal
 
 from cli import flags
 from cli.errors import UserError
 from cli.flags import flag
 from gpt.model import GPT
+from gpt.sample import lay_out_for_decoding
 from gpt.tokenizer import Tokenizer
 from scripts.answering import Answer
 from scripts.loading import load_model
@@ -36,13 +38,17 @@ class SampleFlags:
     seed: int | None = flag(None, "seed, for the same answer every time")
     step: int | None = flag(None, "checkpoint of this step instead of the newest")
     device: str = flag("auto", "cuda, mps, cpu, or auto")
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = flag(
+        "auto", "format of the weights; auto: bf16 where the GPU has it, fp16 on older GPUs, fp32 elsewhere"
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
     """Answer every prompt, streaming. With several, each answer follows its prompt."""
     args, _ = flags.parse(SampleFlags, argv, prog="sample.py", description=__doc__.split("\n")[0])
     prompts = list(args.prompt) or read_prompts()
-    model, tokenizer = load_model(args.run, device=args.device, step=args.step)
+    model, tokenizer = load_model(args.run, device=args.device, step=args.step, precision=args.precision)
+    lay_out_for_decoding(model)
     for prompt in prompts:
         if len(prompts) > 1:
             print(f"> {prompt}")

@@ -31,6 +31,7 @@ from cli.errors import UserError
 from cli.flags import flag
 from gpt.errors import GPTError
 from gpt.model import GPT
+from gpt.sample import lay_out_for_decoding
 from gpt.tokenizer import Tokenizer
 from scripts.answering import Answer, TooLong, fit
 from scripts.loading import load_model
@@ -295,6 +296,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--host {args.host} --port {args.port}: cannot listen there ({e}); choose another") from e
     with listening:
         model, tokenizer = load_model(args.run, device=args.device, step=args.step)
+        lay_out_for_decoding(model)
         server = Server(model, tokenizer, args)
         shown = f"[{args.host}]" if ":" in args.host else args.host
         print(

@@ -285,7 +285,7 @@ def test_a_run_says_what_it_found_and_keeps_it_after_its_first_step(data, tmp_pa
     """With a compiler that leaves a file behind; the real one is measured by scripts/bench_compile_cache.py."""
     found = []
 
-    def compiler(model):
+    def compiler(model, **_):
         made = Path(os.environ[compile_cache.FOLDER])
         found.append(files(made))
         made.mkdir(parents=True, exist_ok=True)

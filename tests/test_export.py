@@ -134,3 +134,9 @@ def test_a_folder_that_holds_something_is_refused_and_kept(run_folder, tmp_path)
         export.main, ["--run", str(run_folder), "--output", str(tmp_path / "x"), "--step", "7"]
     )
     assert not (tmp_path / "x").exists()
+
+
+def test_a_model_loads_in_the_format_it_is_asked_for_and_answers(run_folder):
+    model, _ = load_model(str(run_folder), device="cpu", precision="bf16")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert len(generate(model, [[0, 5]], max_tokens=3, temperature=0)[0]) == 3

@@ -1,5 +1,6 @@
 """Training learns what a textbook loop learns, and says in one line what a user got wrong."""
 
+import functools
 import json
 import os
 import re
@@ -142,7 +143,7 @@ def test_raw_and_compressed_shards_give_the_same_training(corpus, data, tmp_path
 def test_compiled_is_the_same_model(data, tmp_path, monkeypatch):
     """Checkpoints of compiled runs have plain names and go on without compilation."""
     real = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda model: real(model, backend="eager"))  # inductor takes a minute here
+    monkeypatch.setattr(torch, "compile", functools.partial(real, backend="eager"))  # inductor takes a minute here
     flags = ("--data", data, "--out", tmp_path / "out", *QUICK, "--resume")
     assert train(*flags, "--compile", "on") == 0
     names = checkpoint.load(str(tmp_path / "out"), checkpoint.committed(str(tmp_path / "out"))[-1]).tensors[

@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-import torch._functorch.config as functorch
 import zstandard
 
 from gpt.model import GPTConfig
@@ -68,9 +67,6 @@ class CompileCache:
             return "off"
         os.environ[FOLDER] = str(self.path)
         os.environ.pop("TRITON_CACHE_DIR", None)  # then it lies in inductor's folder
-        # Our loss is an autograd.Function. Torch caches no graph with one, lest its code changes: here that is in the key.
-        if hasattr(functorch, "autograd_cache_allow_custom_autograd_functions"):
-            functorch.autograd_cache_allow_custom_autograd_functions = True
         if (self.path / WHOLE).exists():
             self.damaged = False
             return "warm"

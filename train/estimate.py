@@ -3,7 +3,7 @@
 import functools
 from dataclasses import dataclass
 
-from gpt.loss import CHUNK_LOGITS, MOST_CHUNKS
+from gpt.loss import CHUNK_LOGITS
 from gpt.model import GPTConfig, flops_per_token, parameter_table
 from train.config import AUTO
 from train.micro_batch import MOST_TOKENS, divisors
@@ -43,7 +43,7 @@ def memory(shape: GPTConfig, *, precision: str, micro_batch: int, optimizer: str
         copies=0 if half == 4 else 2 * inside,
         gradients=4 * n,
         moments=8 * n - (4 * inside if optimizer == "muon" else 0),
-        # after the last layer: its norm's input, and the loss's gradient (twice, while its chunks are joined)
+        # after the last layer: its norm's input, and the loss's gradient (twice, while it is scaled)
         activations=kept + tokens * (16 if shape.modern else 12) * shape.n_embd,
         loss=chunk_bytes(shape.vocab_size, tokens, half) + head * (4 + (half if half == 2 else 0)),
     )
@@ -64,9 +64,9 @@ def activation_bytes(shape: GPTConfig, half: int) -> int:
 
 
 def chunk_bytes(vocab_size: int, tokens: int, half: int) -> int:
-    """The logits that exist at once in gpt/loss.py: a chunk in fp32, and in the matmuls' format."""
-    rows = max(64, CHUNK_LOGITS // vocab_size // 64 * 64, -(-tokens // MOST_CHUNKS))
-    return min(rows, tokens) * vocab_size * (4 if half == 4 else 6)
+    """The logits that exist at once in gpt/loss.py: a chunk in the matmuls' format, and its softmax in fp32."""
+    rows = max(64, CHUNK_LOGITS // vocab_size // 64 * 64)
+    return min(rows, tokens) * vocab_size * (4 + half)
 
 
 def checkpoint_bytes(shape: GPTConfig, optimizer: str) -> int:

@@ -20,7 +20,7 @@ from train.data import Data
 from train.folder import RunFolder
 from train.live import Display, Line
 from train.parallel import ALONE, Ranks
-from train.precision import Machine
+from train.precision import Machine, attention_kernel
 from train.state import State
 
 QUIET_S = 30.0
@@ -146,7 +146,7 @@ def describe(
         else ""
     )
     print(f"machine    {several}{machine.name}, {machine.precision}, torch {torch.__version__}, compile "
-          f"{'on' if machine.compile else 'off'}, {torch.get_num_threads()} threads")  # fmt: skip
+          f"{'on' if machine.compile else 'off'}, attention {attention_kernel(shape.n_head, shape.head_width, machine)}, {torch.get_num_threads()} threads")  # fmt: skip
     begin = f"goes on from step {state.step}" if state.step else "starts"
     print(f"out        {fs.redact(folder.url)}: run {folder.run_id}, attempt {folder.attempt}, {begin}", flush=True)
 

@@ -1,6 +1,7 @@
 """What the machine can do: device, number format, compilation, peak speed."""
 
 import contextlib
+import ctypes
 import importlib.util
 import os
 import shutil
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 from cli.errors import UserError
 
@@ -17,6 +19,8 @@ PEAK_FLOPS = {
     "H200": 989e12, "H100": 989e12, "GH200": 989e12, "A100": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A10G": 125e12,
     "A10": 125e12, "V100": 125e12, "T4": 65e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "RTX 6000 Ada": 364e12,
 }  # fmt: skip
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,8 @@ def choose_machine(device: str, precision: str, compile: str) -> Machine:
         raise UserError("--compile on: torch 2.6 compiles wrong gradients of embeddings on a CPU (measured; 2.13 is right): "
                         "use a newer torch, or leave it to auto")  # fmt: skip
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+    if kind == "cpu":
+        keep_freed_memory()
     if kind == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what stays fp32 on Ampere and later
     can_compile = (
@@ -125,3 +131,24 @@ def choose_machine(device: str, precision: str, compile: str) -> Machine:
     if compile == "auto" and can_compile:
         torch._dynamo.config.suppress_errors = True  # what cannot be compiled here runs as it is
     return Machine(chosen, dtype, compile == "on" or (compile == "auto" and can_compile))
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed for the next step, instead of giving large buffers back to the kernel each time.
+
+    The kernel zeroes them page by page when they come back: 1 ms a MB on a virtual machine, 4 % of a `small` step.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def attention_kernel(n_head: int, head_width: int, machine: Machine) -> str:
+    """Which of its attention kernels torch takes for heads of that width here: flash, efficient, cudnn or math.
+
+    It is the best that the device has: GPUs before Ampere (a T4) have no flash attention.
+    """
+    q = torch.empty(1, n_head, 16, head_width, dtype=machine.dtype, device=machine.device)
+    chosen = torch._fused_sdp_choice(q, q, q, None, 0.0, True)
+    return SDPBackend(chosen).name.split("_")[0].lower()

@@ -213,7 +213,8 @@ def train(
     model = state.model
     cache = CompileCache(config, model.config, machine, folder) if machine.compile else None
     found_compiled = cache.restore() if cache else "off"
-    compiled = torch.compile(model) if machine.compile and not ranks.sharded else model
+    # dynamic=False: a smaller last micro-batch gets a graph of its own, not one for all sizes that is slower for each
+    compiled = torch.compile(model, dynamic=False) if machine.compile and not ranks.sharded else model
     forward = ranks.averaging(compiled, machine)
     windows = validation_windows(
         data.val, block_size=config.block_size, tokens=config.eval_tokens, lengths=data.val.lengths
