@@ -20,6 +20,7 @@ from train.config import TrainConfig
 from train.folder import RunFolder
 from train.micro_batch import MicroBatch, is_out_of_memory
 from train.optim import optimizer_tensors
+from train.parallel import ALONE, Ranks
 from train.precision import Machine
 from train.state import new_state
 
@@ -111,12 +112,12 @@ def tries(monkeypatch):
     monkeypatch.setattr(micro_batch, "can_try", lambda machine: True)
 
 
-def fitted(tmp_path, batch=24, **changes):
+def fitted(tmp_path, batch=24, ranks=ALONE, **changes):
     """A MicroBatch, and the state it was found with, trained for no step yet."""
     torch.manual_seed(1)
     config = TrainConfig(lr=1e-3, batch=batch, block_size=32, cache=str(tmp_path / "cache"), **changes)
     state = new_state(config, TINY, CPU)
-    return MicroBatch(config, state, CPU, RunFolder(str(tmp_path / "out"))), state
+    return MicroBatch(config, state, CPU, RunFolder(str(tmp_path / "out")), ranks), state
 
 
 @pytest.mark.parametrize(("rows", "size", "recompute"), [(99, 24, False), (11, 8, False), (1, 1, False), (0, 24, True)])
@@ -156,6 +157,23 @@ def test_a_note_is_believed_only_as_far_as_it_makes_sense(tmp_path, tries):
         assert fitted(tmp_path)[0].size == 24
     micro.note.write_bytes(b'{"micro_batch": 1, "recompute": true}')
     assert fitted(tmp_path, checkpoint_activations="off")[0].size == 24
+
+
+def test_where_the_state_is_sharded_sizes_are_estimated(tmp_path, monkeypatch, tries):
+    """A rank that runs out of memory in a try would leave the others waiting for it."""
+
+    class Sharded(Ranks):
+        world, sharded = 4, True
+
+    limited, found = limit(monkeypatch, (1, 0)), []
+    for memory in (2**40, 10**6, 2**10):
+        monkeypatch.setattr(Machine, "memory_bytes", lambda self, memory=memory: memory)
+        micro, state = fitted(tmp_path, ranks=Sharded())
+        found.append((micro.size, state.model.recompute))
+    assert found[0] == (6, False)  # 24 over four ranks
+    assert found[1] == (3, False)
+    assert found[2] == (1, True)
+    assert limited.calls == 0
 
 
 # ---- what a failed try leaves behind ----------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from store.shards import default_cache
 from train.config import AUTO, TrainConfig
 from train.folder import RunFolder
 from train.optim import step_unless
-from train.parallel import ALONE, STATE_BYTES, Ranks
+from train.parallel import ALONE, Ranks
 from train.precision import Machine
 from train.state import State
 
@@ -57,6 +57,7 @@ class MicroBatch:
     ) -> None:
         self.state, self.machine, self.folder, self.ranks = state, machine, folder, ranks
         self.batch = config.batch // ranks.world  # this rank's rows of it
+        self.optimizer = config.optimizer
         self.told = config.micro_batch != AUTO
         self.fault: UserError | None = None  # memory ended, and nothing is left to be made smaller
         self.may_recompute = config.checkpoint_activations == AUTO
@@ -129,10 +130,14 @@ class MicroBatch:
 
     # ---- trying -----------------------------------------------------------------------------------------------------
 
+    def _ways(self) -> tuple[bool, ...]:
+        """Whether to recompute activations: what is allowed, the better way first."""
+        return (False, True) if self.may_recompute else (self.state.model.recompute,)
+
     def _tried(self, at_most: int) -> int:
         """The largest divisor of the batch that fits: without recomputing if any does, it costs a third more computing."""
         began_s = time.monotonic()
-        for recompute in (False, True) if self.may_recompute else (self.state.model.recompute,):
+        for recompute in self._ways():
             self.state.model.recompute = recompute
             for size in divisors(self.batch, at_most):
                 if self._fits(size):
@@ -143,14 +148,18 @@ class MicroBatch:
 
     def _estimated(self, at_most: int) -> int:
         """Where the state is sharded: ranks wait for one another in every layer, so a try that fails on one would hang."""
-        shape, params = self.state.model.config, sum(p.numel() for p in self.state.model.parameters())
-        free = 0.8 * self.machine.memory_bytes() - STATE_BYTES * params / self.ranks.world
-        # Megatron's 34 bytes per token, layer and width (Korthikanti et al. 2022, attention fused), and the head's chunk
-        per_token = 34 * shape.n_layer * shape.n_embd + 8 * shape.n_embd
-        fits = int(free / (per_token * shape.block_size))
-        if fits < 1 and self.may_recompute:
-            self.state.model.recompute = True
-        return largest_divisor(self.batch, min(at_most, fits))
+        from train.estimate import USABLE, memory  # which asks this module what sizes there are
+
+        model, device_bytes = self.state.model, self.machine.memory_bytes()
+        for recompute in self._ways():
+            model.recompute = recompute
+            for size in divisors(self.batch, at_most):
+                held = memory(model.config, precision=self.machine.precision, micro_batch=size, optimizer=self.optimizer,
+                              recompute=recompute)  # fmt: skip
+                state = held.weights + held.gradients + held.moments
+                if held.total - state + state / self.ranks.world <= USABLE * device_bytes:
+                    return size
+        return 1
 
     def _fits(self, size: int) -> bool:
         """Whether there is the memory for a whole step of this size. Leaves the state as it is, to the bit.

@@ -226,7 +226,23 @@ class Torchrun(Ranks):
                 device_ids=[machine.device] if machine.device.type == "cuda" else None,
                 gradient_as_bucket_view=True,  # else gradients exist twice
             )
+        self._settle(machine)
         return self.forward
+
+    def _settle(self, machine: Machine) -> None:
+        """Let DDP arrange its buckets now, which it does after its first averaging pass.
+
+        Among three ranks or more, where a gradient lies in its bucket decides in which order it is summed: the first step
+        of a resumed run would be summed otherwise than that of an uninterrupted one (measured with four).
+        """
+        before = machine.rng_tensors()
+        ids = torch.zeros((1, 2), dtype=torch.int64, device=machine.device)
+        with _peers(), torch.compiler.set_stance("force_eager"):
+            with machine.autocast():
+                loss = self.forward(ids[:, :-1], ids[:, 1:])
+            loss.backward()
+        self.forward.zero_grad(set_to_none=True)
+        machine.set_rng_tensors(before)
 
     def syncing(self, last: bool) -> AbstractContextManager:
         if self.forward is not None and not last:
