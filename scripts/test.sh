@@ -4,4 +4,5 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 install requirements-dev.txt
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
-exec "$PYTHON" -m pytest "$@"
+# two processes, each test file in one of them: its fixtures train models. `-n 0` for a debugger
+exec "$PYTHON" -m pytest -n 2 --dist loadfile "$@"

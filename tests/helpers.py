@@ -1,5 +1,8 @@
 """What several test files need: running the project's programs in this process or as real ones, and comparing results."""
 
+import contextlib
+import importlib
+import io
 import json
 import os
 import signal
@@ -79,3 +82,12 @@ def result(out: Path) -> dict[str, object]:
     hashes = {name: newest.parts[name]["sha256"] for name in checkpoint.TENSOR_PARTS}
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return {"step": newest.step, **hashes, "metrics": lines}
+
+
+def help_of(script: str) -> str:
+    """What `python SCRIPT --help` prints, without the seconds that a process of its own would import for."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), pytest.raises(SystemExit) as end:
+        importlib.import_module(script.removesuffix(".py").replace("/", ".")).main(["--help"])
+    assert not end.value.code
+    return said.getvalue()

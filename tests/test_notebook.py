@@ -5,7 +5,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -16,7 +15,7 @@ import pytest
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
-from tests.helpers import ROOT
+from tests.helpers import ROOT, help_of
 from train.config import TrainConfig
 from train.folder import read_lines
 
@@ -60,7 +59,7 @@ def test_the_training_cell_is_the_bare_command():
 def test_every_script_and_flag_it_names_exists():
     text = "\n".join(sources().values())
     for script, arguments in re.findall(r"!python (\S+\.py)(.*)", text):
-        known = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True).stdout
+        known = help_of(script)
         for name in re.findall(r"--[a-z-]+", arguments):
             assert f"{name} " in known, f"{script} has no {name}"
     names = {"--" + name.replace("_", "-") for name in TrainConfig.__dataclass_fields__}
