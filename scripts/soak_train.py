@@ -235,6 +235,7 @@ def second_trainer(soak: Soak) -> None:
 def damage(soak: Soak) -> None:
     """Killed, and a file of the newest checkpoint here is not what it was."""
     kill(soak)
+    shutil.rmtree(soak.tier() / "quarantine", ignore_errors=True)  # what was damaged before has been looked at
     steps = [s for s in soak.steps() if (s / checkpoint.MANIFEST).exists()]
     if len(steps) < 2 and not any(tier == "remote" and step for (tier, _), step in soak.promised.items()):
         return  # a good one must remain, here or in the bucket
