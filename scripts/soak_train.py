@@ -15,6 +15,7 @@ from pathlib import Path
 if __name__ == "__main__":  # Python put this file's folder first in sys.path: the project's root belongs there
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+import contextlib
 import multiprocessing
 import os
 import random
@@ -265,7 +266,8 @@ def full_disk(soak: Soak) -> None:
     free = shutil.disk_usage(soak.folder / "disk").free
     filler = soak.folder / "disk" / "filler"
     with open(filler, "wb") as f:
-        os.posix_fallocate(f.fileno(), 0, max(free - (64 << 10), 1))
+        with contextlib.suppress(OSError):  # the run was quicker, and has filled it itself
+            os.posix_fallocate(f.fileno(), 0, max(free - (64 << 10), 1))
     time.sleep(1 + 3 * soak.rng.random())
     if soak.rng.random() < 0.5:
         soak.end(signal.SIGKILL)
