@@ -265,9 +265,8 @@ def full_disk(soak: Soak) -> None:
     """No space on the disk of the run for some seconds."""
     free = shutil.disk_usage(soak.folder / "disk").free
     filler = soak.folder / "disk" / "filler"
-    with open(filler, "wb") as f:
-        with contextlib.suppress(OSError):  # the run was quicker, and has filled it itself
-            os.posix_fallocate(f.fileno(), 0, max(free - (64 << 10), 1))
+    with open(filler, "wb") as f, contextlib.suppress(OSError):  # the run was quicker, and has filled it itself
+        os.posix_fallocate(f.fileno(), 0, max(free - (64 << 10), 1))
     time.sleep(1 + 3 * soak.rng.random())
     if soak.rng.random() < 0.5:
         soak.end(signal.SIGKILL)
