@@ -20,8 +20,10 @@ from tests.helpers import prepare, train
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory):
     """Nothing in the tests reads or fills the user's cache, or is led by the user's settings."""
-    # nohup leaves SIGHUP ignored to all that it starts, which the programs respect: the tests send it to them
+    # nohup leaves SIGHUP ignored to all that it starts, a shell's `&` SIGINT, and the programs respect that: the tests send
+    # them both
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ["PERENNIAL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     for name in ("PERENNIAL_DATA", "PERENNIAL_OUT", "COLAB_RELEASE_TAG"):
         os.environ.pop(name, None)

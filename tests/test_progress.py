@@ -116,7 +116,7 @@ def test_rate_and_eta(clock, capsys):
 
 
 def without_memory(line: str) -> str:
-    return re.sub(r"  memory [\d.]+M?B", "", line)
+    return re.sub(r"  memory [\d.]+[kMG]?B", "", line)
 
 
 def test_unknown_total_and_no_time(clock, capsys):
