@@ -152,12 +152,12 @@ class Cleaner:
         """(the cleaned document, or the reason why it is dropped; what each rule changed)."""
         if not document:
             return "empty", []
-        roles, texts = zip(*document, strict=True)
         changes: list[Change] = []
+        if not self.looks:
+            return (document if any(text for _, text in document) else "empty"), changes
+        roles, texts = zip(*document, strict=True)
         if self.drops_long and sum(map(len, texts)) > quality.MAX_CHARS:  # before it costs ten times its size
             return "too_long", changes
-        if not self.looks:
-            return (document if any(texts) else "empty"), changes
         look = Look(roles, texts)
         for name, mend, when in self.text_rules:
             if when(look):

@@ -5,7 +5,7 @@ has proved equal on a sample of the very corpus that is to be encoded.
 """
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -38,7 +38,8 @@ class Encoder:
             return self.tokenizer.encode_batch(texts)
         ids, offsets = self.fast.encode_batch_flat(list(texts), split_special_tokens=True)
         ids, lengths = np.frombuffer(ids, np.uint32), np.diff(np.frombuffer(offsets, np.uint64).astype(np.int64))
-        doubtful = [i for i, t in enumerate(texts) if not t.isascii() and any(c in t for c in DOUBTFUL)]
+        long_s, separator = DOUBTFUL
+        doubtful = [i for i, t in enumerate(texts) if not t.isascii() and (long_s in t or separator in t)]
         return self._encode_again(texts, doubtful, ids, lengths) if doubtful else (ids, lengths)
 
     def _encode_again(
@@ -51,27 +52,27 @@ class Encoder:
         return np.concatenate(of_each), np.fromiter(map(len, of_each), np.int64, len(of_each))
 
 
-def choose_engine(tokenizer: Tokenizer, sample: Sequence[str]) -> tuple[Engine, str | None]:
-    """(engine, warning): fastokens where it is installed and equal to the reference on `sample`, else tokenizers."""
+def unfit(tokenizer: Tokenizer) -> str | None:
+    """Why fastokens cannot even be tried; None where it can."""
     if importlib.util.find_spec("fastokens") is None:
-        return "tokenizers", ("fastokens is not installed: encoding with tokenizers, same ids, about 40 times slower "
-                              "(pip install -r requirements-prep.txt)")  # fmt: skip
-    if (longest := max(map(len, tokenizer.reference.get_vocab()))) > LONGEST_TOKEN:
-        return (
-            "tokenizers",
-            f"a token is {longest} bytes long, too long for fastokens: encoding with tokenizers, slower",
-        )
+        return ("fastokens is not installed: encoding with tokenizers, same ids, about 40 times slower "
+                "(pip install -r requirements-prep.txt)")  # fmt: skip
+    if (longest := max(map(len, tokenizer.vocabulary))) > LONGEST_TOKEN:
+        return f"a token is {longest} bytes long, too long for fastokens: encoding with tokenizers, slower"
+    return None
+
+
+def disproof(load: Callable[[], Encoder], sample: Sequence[str]) -> str | None:
+    """Why the encoder that `load` gives must not be used; None where its ids for `sample` are the reference's."""
     try:
-        ids, lengths = Encoder(tokenizer, "fastokens").encode_batch(sample)
+        encoder = load()
+        ids, lengths = encoder.encode_batch(sample)
     except Exception as e:  # whatever it raises about this tokenizer.json, the reference can do it
-        return "tokenizers", f"fastokens cannot use this tokenizer ({str(e)[:80]}): encoding with tokenizers, slower"
-    expected_ids, expected_lengths = tokenizer.encode_batch(sample)
+        return f"fastokens cannot use this tokenizer ({str(e)[:80]}): encoding with tokenizers, slower"
+    expected_ids, expected_lengths = encoder.tokenizer.encode_batch(sample)
     if not (np.array_equal(ids, expected_ids) and np.array_equal(lengths, expected_lengths)):
-        return (
-            "tokenizers",
-            "fastokens gives other ids than tokenizers on this corpus: encoding with tokenizers, slower",
-        )
-    return "fastokens", None
+        return "fastokens gives other ids than tokenizers on this corpus: encoding with tokenizers, slower"
+    return None
 
 
 def encode_documents(
@@ -92,21 +93,22 @@ def encode_documents(
     span = first_turn + turn_ids + 2 * marked  # ids a turn takes, with what surrounds it
     ends = np.cumsum(span)
     begins = ends - span
-    out = np.empty(int(ends[-1]) if len(ends) else 0, np.uint32)
-    out[begins[doc_first]] = tokenizer.end_of_text
+    out = np.empty(int(ends[-1]) if len(ends) else 0, dtype)
+    is_text = np.ones(len(out), bool)
     spoken = marked > 0
-    out[(begins + first_turn)[spoken]] = role_ids[documents.turn_role[spoken]]
-    out[ends[spoken] - 1] = tokenizer.end_of_turn
-    text_at = begins + first_turn + marked
-    source_at = np.cumsum(turn_ids) - turn_ids
-    out[np.arange(len(ids)) + np.repeat(text_at - source_at, turn_ids)] = ids
+    for at, special in (
+        (begins[doc_first], tokenizer.end_of_text),
+        ((begins + first_turn)[spoken], role_ids[documents.turn_role[spoken]]),
+        (ends[spoken] - 1, tokenizer.end_of_turn),
+    ):
+        out[at], is_text[at] = special, False
+    out[is_text] = ids
 
     tokens = np.add.reduceat(span, doc_first) if len(doc_first) else np.zeros(0, np.int64)
     key = shuffle_key(documents.doc_hash, seed)
     at = place(key, validates(key, val_limit, seed))
     order = np.argsort(at, kind="stable")
     doc_at = np.cumsum(tokens) - tokens
-    sorted_tokens = tokens[order]
-    sorted_at = np.cumsum(sorted_tokens) - sorted_tokens
-    gather = np.arange(len(out)) + np.repeat(doc_at[order] - sorted_at, sorted_tokens)
-    return Encoded(at[order], sorted_tokens.astype(np.uint32), out[gather].astype(dtype)), turn_ids
+    in_order = zip(doc_at[order].tolist(), tokens[order].tolist(), strict=True)
+    shuffled = np.concatenate([out[:0], *(out[a : a + n] for a, n in in_order)])
+    return Encoded(at[order], tokens[order].astype(np.uint32), shuffled), turn_ids

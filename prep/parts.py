@@ -40,20 +40,20 @@ class Documents:
     @classmethod
     def build(cls, documents: list[list[tuple[str | None, str]]]) -> "Documents":
         """Arrays of documents given as turns of (role, text)."""
-        pieces: list[bytes] = []
-        roles, hashes = bytearray(), []
-        for document in documents:
-            speakers, texts = zip(*document, strict=True)
-            said, by = list(map(str.encode, texts)), bytes(map(_ROLE_INDEX.__getitem__, speakers))
-            # 0xff occurs in no UTF-8: different turns can never join to the same bytes
-            hashes.append(xxhash.xxh3_64_intdigest(b"\xff".join((*said, by))))
-            pieces += said
-            roles += by
+        said = [text.encode() for document in documents for _, text in document]
+        roles = bytes([_ROLE_INDEX[role] for document in documents for role, _ in document])
+        turns = np.fromiter(map(len, documents), np.uint32, len(documents))
+        turn_bytes = np.fromiter(map(len, said), np.uint32, len(said))
+        # 0xff occurs in no UTF-8: different turns can never join to the same bytes
+        ends = np.cumsum(turns, dtype=np.int64).tolist()
+        hashes = [
+            xxhash.xxh3_64_intdigest(b"\xff".join((*said[a:b], roles[a:b]))) for a, b in itertools.pairwise([0, *ends])
+        ]
         return cls(
-            np.frombuffer(b"".join(pieces), np.uint8),
-            np.fromiter(map(len, pieces), np.uint32, len(pieces)),
-            np.frombuffer(bytes(roles), np.uint8),
-            np.fromiter(map(len, documents), np.uint32, len(documents)),
+            np.frombuffer(b"".join(said), np.uint8),
+            turn_bytes,
+            np.frombuffer(roles, np.uint8),
+            turns,
             np.array(hashes, np.uint64),
         )
 

@@ -1,6 +1,7 @@
 """Run pure tasks in a pool of processes, results in the order of the tasks, whatever finishes first."""
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import queue
@@ -63,7 +64,13 @@ def in_order(
 PARENTS_SIGNALS = (signal.SIGINT, signal.SIGHUP)
 
 
+# Python looks for cycles whenever 700 objects are new: cutting a task of conversations makes 100,000, none of them in a
+# cycle, and took a third less time without; memory did not grow
+GARBAGE_EVERY = 1_000_000
+
+
 def _start_worker() -> None:
+    gc.set_threshold(GARBAGE_EVERY)
     for number in PARENTS_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, PARENTS_SIGNALS)

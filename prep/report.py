@@ -103,8 +103,13 @@ def token_bytes(tokenizer: Tokenizer) -> list[bytes]:
     letters = sorted(ByteLevel.alphabet())
     table = {c: ord(c) for c in letters if ord(c) < 256}
     table |= zip((c for c in letters if c not in table), (b for b in range(256) if chr(b) not in table), strict=True)
-    spelled = (tokenizer.reference.id_to_token(i) or "" for i in range(tokenizer.vocab_size))
-    return [bytes(table[c] for c in s) if all(c in table for c in s) else s.encode() for s in spelled]
+    spelled = dict.fromkeys(range(tokenizer.vocab_size), b"")
+    for text, i in tokenizer.vocabulary.items():
+        try:
+            spelled[i] = bytes(map(table.__getitem__, text))
+        except KeyError:  # not in that alphabet
+            spelled[i] = text.encode()
+    return list(spelled.values())
 
 
 def vocabulary_figures(total: Figures, suspects: np.ndarray, seen: dict, tokenizer: Tokenizer) -> dict[str, Any]:

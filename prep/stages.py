@@ -22,6 +22,7 @@ from store import fs
 from store.shards import Shard
 
 UPLOADS = 4  # shards on their way to the output at once, beside the work: as many wait on this disk at most
+PROOFS, PROOF_BYTES = 16, 1 << 20  # places in the corpus, and text from all of them, that engines are compared on
 LARGEST_CLUSTERS, CLUSTER_EXCERPT = 20, 200  # in the report; characters
 
 
@@ -220,22 +221,36 @@ def kept_documents(path: Path, chosen: np.ndarray, repeated: np.ndarray | None) 
     return (documents if repeated is None else exchanges.without(documents, repeated)).select(chosen)
 
 
-def proof_texts(cleaned: Cleaned, n_bytes: int = 1 << 20) -> list[str]:
-    """Turns from the beginning of parts spread over the corpus, about `n_bytes` in all, to compare engines on."""
-    spread = cleaned.parts[:: max(len(cleaned.parts) // 16, 1)]
-    texts: list[str] = []
-    for path in spread:
-        wanted = n_bytes // len(spread)
-        first = next(parts.load_documents(path).blocks(wanted))
-        texts += [text[:wanted] for text in first.turns()]
-    return texts
-
-
 # ---- encode ---------------------------------------------------------------------------------------------------------
 
 
+def choose_engine(
+    cleaned: Cleaned, work: Path, tokenizer: Tokenizer, pool: Executor
+) -> tuple[encode.Engine, str | None]:  # fmt: skip
+    """(engine, warning): fastokens where it proves equal to the reference on texts spread over the corpus."""
+    warning = encode.unfit(tokenizer)
+    if warning is None:
+        spread = cleaned.parts[:: -(-len(cleaned.parts) // PROOFS)]
+        jobs = ((path, work / "tokenizer.json", PROOF_BYTES // len(spread)) for path in spread)
+        warning = next(filter(None, list(pool.run(proof_task, jobs))), None)
+    return "tokenizers" if warning else "fastokens", warning
+
+
+def proof_task(path: Path, tokenizer: Path, n_bytes: int) -> str | None:
+    """What `encode.disproof` says about the first turns of a cleaned part."""
+    first = next(parts.load_documents(path).blocks(n_bytes))
+    return encode.disproof(lambda: _encoder(str(tokenizer), "fastokens"), [text[:n_bytes] for text in first.turns()])
+
+
 def encode_parts(
-    cleaned: Cleaned, selection: Selection, work: Path, *, engine: str, dtype: np.dtype, seed: int, pool: Executor
+    cleaned: Cleaned,
+    selection: Selection,
+    work: Path,
+    *,
+    engine: encode.Engine,
+    dtype: np.dtype,
+    seed: int,
+    pool: Executor,
 ) -> list[Path]:
     """Cleaned parts -> encoded parts, duplicates left out, validation documents first."""
     tokenizer_path = work / "tokenizer.json"

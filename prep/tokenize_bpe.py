@@ -30,7 +30,6 @@ from gpt.tokenizer import Tokenizer
 from prep import (
     bpe,
     corpus,
-    encode,
     merge,
     mixing,
     parts,
@@ -167,7 +166,7 @@ def build(
         tokenizer = Tokenizer(make_tokenizer(settings, cleaned, selection, work, trainer, given_tokenizer, pool))
     except bpe.TooLittleText as e:
         raise UserError(f"{little_left(cleaned.counts + selection.counts)}{e}") from e
-    engine, warning = encode.choose_engine(tokenizer, stages.proof_texts(cleaned))
+    engine, warning = stages.choose_engine(cleaned, work, tokenizer, pool)
     if warning:
         print(f"warning: {warning}", file=sys.stderr)
     dtype = dtype_for(tokenizer.vocab_size)
