@@ -112,6 +112,8 @@ class FaultyDisk:
             self.log.append(("create", mine, number))
         elif "w" in mode:
             self.log.append(("cut", self.number_of(mine), 0))
+        if buffering == 0:
+            return raw
         binary = (io.BufferedRandom if "+" in mode else io.BufferedWriter)(raw)
         return binary if "b" in mode else io.TextIOWrapper(binary, encoding or "utf-8", errors, newline)
 

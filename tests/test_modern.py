@@ -109,6 +109,7 @@ def test_loss_is_float32_under_autocast(dtype):
 
 def test_it_is_one_graph_and_compiled_once():
     model, ids = noisy(GPTConfig(**MODERN)), random_ids(2, 16)
+    torch._dynamo.reset()  # what another test compiled of the same code would make this one's a recompile
     with torch._dynamo.config.patch(error_on_recompile=True):
         compiled = torch.compile(model, fullgraph=True, backend="eager")
         for _ in range(2):

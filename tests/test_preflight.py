@@ -12,7 +12,7 @@ import pytest
 from store import fs
 from tests.helpers import files, start, train
 from tests.test_train import QUICK, SHAPE
-from train import checks, preflight
+from train import checks, rehearsal
 
 
 def test_a_dry_run_tells_and_writes_nothing(data, tmp_path, capsys):
@@ -89,7 +89,7 @@ def test_a_bucket_that_refuses_is_an_obstacle(gcs):
 @pytest.fixture
 def short(monkeypatch):
     """A rehearsal whose rate need not be trusted."""
-    monkeypatch.setattr(preflight, "MEASURE_S", 0.05)
+    monkeypatch.setattr(rehearsal, "MEASURE_S", 0.05)
 
 
 def test_a_rehearsal_on_a_bucket_trains_saves_and_restores_and_leaves_nothing(data, tmp_path, capfd, gcs, short):

@@ -17,13 +17,14 @@ import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from store import drive, fs
+from store.direct import DirectFile, open_direct
 from store.errors import DataError, NotFound, StoreError
 from store.shards import default_cache
 from train.tensor_file import write_tensors
@@ -166,7 +167,7 @@ def upload(source: Path, out: str, manifest: Manifest, *, fence: Callable[[], ob
 class _HashingFile:
     """A file that knows the sha256 of what was written to it."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: DirectFile) -> None:
         self.file, self.sha256, self.n_bytes = file, hashlib.sha256(), 0
 
     def write(self, data: memoryview | bytes) -> None:
@@ -179,7 +180,7 @@ def _write_part(path: Path, write: Callable[[_HashingFile], object]) -> dict[str
     """One part, which appears only when whole; its size and sha256."""
     try:
         with fs.staged(path) as staged:
-            with open(staged, "wb") as f:
+            with open_direct(staged) as f:
                 hashing = _HashingFile(f)
                 write(hashing)
             part = {"bytes": hashing.n_bytes, "sha256": hashing.sha256.hexdigest()}

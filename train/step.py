@@ -32,10 +32,9 @@ def train_step(
 
     Each rank does its rows of the batch. `targets`: (batch, block), -100 where nothing is to be learnt; None: the next
     ids, all of them. `forward` is the model or its compiled form. Returns the mean loss and the gradient norm before
-    clipping, () fp32 on
-    the device: reading them is left to the caller, because it makes the host wait. Where one of them is not finite,
-    weights and moments are left as they were. None when `stop` said to leave between two micro-batches: then nothing has
-    changed, and the step is still to be done.
+    clipping, () fp32 on the device: reading them is left to the caller, because it makes the host wait. Where one of
+    them is not finite, weights and moments are left as they were. None when `stop` said to leave between two
+    micro-batches: then nothing has changed, and the step is still to be done.
     """
     set_lr(optimizer, lr)
     loss = torch.zeros((), device=machine.device)

@@ -11,7 +11,7 @@ DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
-CHUNK_BYTES = 16 << 20
+CHUNK_BYTES = 1 << 20  # hashed, then copied, while it is in the cache of a core
 
 
 class Sink(Protocol):
@@ -22,7 +22,7 @@ class Sink(Protocol):
 
 
 def write_tensors(sink: Sink, tensors: dict[str, Tensor]) -> None:
-    """Write named contiguous CPU tensors. Memory: none but a view of 16 MiB at a time."""
+    """Write named contiguous CPU tensors. Memory: none but a view of 1 MiB at a time."""
     # widest first: every tensor then begins at a multiple of its item size, as readers that map the file want
     names = sorted(tensors, key=lambda n: (-tensors[n].itemsize, n))
     header, at = {}, 0
