@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from scripts import bench_data, bench_sample, bench_train
+from scripts import bench_data, bench_sample, bench_stop, bench_train
 
 
 def test_bench_train_lets_contestants_take_turns(tmp_path, capfd):
@@ -38,3 +38,12 @@ def test_bench_sample_compares_with_transformers(tmp_path, capsys):
     rows = json.loads((tmp_path / "sample.json").read_text())["results"]
     assert [row["prompt"] for row in rows] == [3, 20]
     assert all(row["ours"] > 0 and row["transformers"] > 0 and row["bound"] > 0 for row in rows)
+
+
+def test_bench_stop_stops_a_real_trainer_and_finds_its_checkpoint(tmp_path, data, capsys):
+    flags = ["--model", "tiny", "--device", "cpu", "--block-size", "16", "--stops", "2", "--data", str(data)]
+    assert bench_stop.main([*flags, "--json", str(tmp_path / "stop.json")]) == 0
+    figures = json.loads((tmp_path / "stop.json").read_text())
+    assert len(figures["seconds"]) == 2
+    assert figures["checkpoint_bytes"] > 1_000_000
+    assert "stop 2/2" in capsys.readouterr().out
