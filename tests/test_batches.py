@@ -46,6 +46,23 @@ def test_every_window_is_seen_once_an_epoch_and_none_overlaps(lengths, seed):
     assert order.per_epoch * BLOCK >= sum(n - 2 * BLOCK for n in lengths if n > 2 * BLOCK)  # at most two blocks lost
 
 
+@given(st.lists(st.integers(0, 300), min_size=1, max_size=5), st.integers(0, 99), st.integers(1, BLOCK))
+@settings(max_examples=60, deadline=None)
+def test_with_a_stride_windows_begin_so_many_tokens_apart(lengths, seed, stride):
+    order = WindowOrder(lengths, BLOCK, seed, stride)
+    assert order.per_epoch >= WindowOrder(lengths, BLOCK, seed).per_epoch
+    if not order.per_epoch:
+        return
+    for epoch in range(2):
+        shard, start = order.locate(np.arange(epoch * order.per_epoch, (epoch + 1) * order.per_epoch))
+        for s, n in enumerate(lengths):
+            mine = np.sort(start[shard == s])
+            assert (np.diff(mine) == stride).all()
+            if len(mine):
+                assert mine[0] in range(stride)  # nothing at the beginning or the end goes unseen for want of a window
+                assert n - 2 * stride < mine[-1] + BLOCK + 1 <= n
+
+
 def test_epochs_differ_in_order_and_in_grid():
     order = WindowOrder([1000, 1000], BLOCK, 1)
     starts = [order.locate(np.arange(e * order.per_epoch, (e + 1) * order.per_epoch)) for e in range(8)]

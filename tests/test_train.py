@@ -131,6 +131,17 @@ def test_flags_work(data, tmp_path, flags):
     assert result(tmp_path / "out")["step"] >= 1
 
 
+def test_half_the_stride_makes_an_epoch_of_twice_the_steps(data, tmp_path, capsys):
+    flags = ("--data", data, *SHAPE, "--batch", 8, "--eval-tokens", 512, "--epochs", 0.02)
+    steps = []
+    for name, more in (("plain", ()), ("strided", ("--stride", 32))):
+        assert train(*flags, "--out", tmp_path / name, *more) == 0
+        told = re.search(r"^run        (\d+) steps of 8 x 64 .*, (\d\.\d+) epochs", capsys.readouterr().out, re.M)
+        assert float(told[2]) == pytest.approx(0.02, abs=0.006)
+        steps.append(int(told[1]))
+    assert steps[1] == pytest.approx(2 * steps[0], abs=1)
+
+
 def test_raw_and_compressed_shards_give_the_same_training(corpus, data, tmp_path):
     flags = ("--vocab-size", 512, "--shard-tokens", 40_000, "--val-fraction", 0.05)
     assert prepare("--input", corpus, "--output", tmp_path / "raw", *flags) == 0
@@ -249,6 +260,8 @@ def bad_runs(data, corpus, tmp_path):
         "the same with --resume": (("--out", tmp_path / "thesis", "--resume"), "holds something that is not a run (thesis.doc"),
         "a run, without --resume": (("--out", run), "add --resume"),
         "block size of another run": (("--out", run, "--resume", "--block-size", 32), "--block-size 32: the checkpoint was trained with 64"),
+        "stride of another run": (("--out", run, "--resume", "--stride", 32), "--stride 32: the checkpoint was trained with the default: leave"),
+        "stride beyond the block": (("--stride", 65), "--stride 65: expected 1 to the block size, 64"),
         "batch of another run": (("--out", run, "--resume", "--batch", 8), "--batch 8: the checkpoint was trained with 4"),
         "data of another vocabulary": (("--out", run, "--resume", "--data", other), "vocabulary of 300, the checkpoint one of 512"),
         "other data, same vocabulary": (("--out", run, "--resume", "--data", reseeded), "is not the dataset this run was trained on"),

@@ -2,7 +2,7 @@
 
 Training reads an endless row of epochs. In each epoch every window of `block_size` tokens is seen once: shards come in
 an order of that epoch's own, windows inside a shard in a permutation of its own, and the grid of windows is shifted by
-an offset of its own. Only one shard is read at a time, so memory-mapped reads stay local and training begins with the
+an offset of its own; with a `stride` below the block size windows overlap, and an epoch has more of them. Only one shard is read at a time, so memory-mapped reads stay local and training begins with the
 first shard, while train/staging.py brings the others. There is no state: nothing to save, nothing to lose, and another micro-batch changes nothing.
 """
 
@@ -38,14 +38,12 @@ def permute(index: np.ndarray, n: int, seed: int) -> np.ndarray:
 class WindowOrder:
     """The order of windows: position in the endless row of epochs -> (shard, first token)."""
 
-    def __init__(self, shard_tokens: list[int], block_size: int, seed: int) -> None:
-        tokens = np.array(shard_tokens, np.int64)
-        self.block_size, self.seed = block_size, seed
-        whole = np.maximum(tokens - 1, 0) // block_size  # a window needs one token more, the last target
-        self.windows = np.where(
-            whole > 1, whole - 1, whole
-        )  # one is given up so that the grid can shift by a whole block
-        self.slack = np.minimum(np.maximum(tokens - 1 - self.windows * block_size, 0), block_size - 1)
+    def __init__(self, shard_tokens: list[int], block_size: int, seed: int, stride: int | None = None) -> None:
+        self.stride, self.seed = stride or block_size, seed
+        room = np.array(shard_tokens, np.int64) - 1 - block_size  # a window needs one token more, the last target
+        whole = np.maximum(room // self.stride + 1, 0)
+        self.windows = np.where(whole > 1, whole - 1, whole)  # one is given up so that the grid can shift by a stride
+        self.slack = np.clip(room - (self.windows - 1) * self.stride, 0, self.stride - 1)
         self.per_epoch = int(self.windows.sum())
 
     def locate(self, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -65,7 +63,7 @@ class WindowOrder:
                 mine = s == one
                 key = int(mix(one, self.seed * 5 + e * 104729)) >> 8
                 shift = key % (int(self.slack[one]) + 1)
-                first[mine] = shift + permute(index[mine], int(self.windows[one]), key) * self.block_size
+                first[mine] = shift + permute(index[mine], int(self.windows[one]), key) * self.stride
             shard[here], start[here] = s, first
         return shard, start
 
@@ -91,11 +89,12 @@ class Batches:
     """
 
     def __init__(
-        self, shards: Sequence[np.ndarray], *, block_size: int, batch: int, seed: int, lengths: list[int] | None = None
-    ) -> None:
+        self, shards: Sequence[np.ndarray], *, block_size: int, batch: int, seed: int, stride: int | None = None,
+        lengths: list[int] | None = None,
+    ) -> None:  # fmt: skip
         lengths = [len(s) for s in shards] if lengths is None else lengths
         self.shards, self.batch, self.block_size = shards, batch, block_size
-        self.order = WindowOrder(lengths, block_size, seed)
+        self.order = WindowOrder(lengths, block_size, seed, stride)
         if self.order.per_epoch < batch:
             raise UserError(f"the training split has {sum(lengths):,} tokens, {self.order.per_epoch} windows of "
                             f"{block_size}: too few for one batch of {batch}: use a smaller --batch or --block-size, "

@@ -75,6 +75,9 @@ class TrainConfig:
     n_embd: int | None = flag(None, "width, instead of the preset's")
     n_ff: int | None = flag(None, "width inside the MLP (default: 4 x width; modern: 8/3)")
     block_size: int = flag(512, "context length in tokens")
+    stride: int | None = flag(
+        None, "tokens from one window of an epoch to the next (default: the block size: no overlap)"
+    )
     dropout: float = flag(0.0, "dropout probability")
     bias: bool = flag(True, "biases in linear layers and LayerNorms; modern has none")
     qkv_bias: bool = flag(True, "biases of the query, key and value projections")
@@ -237,6 +240,8 @@ def check(config: TrainConfig) -> None:
         value = getattr(config, name)
         if not 0 <= value <= 1 or (value == 1 and name.startswith("beta")):
             raise UserError(f"--{name.replace('_', '-')} {value}: expected 0 to 1")
+    if config.stride is not None and not 1 <= config.stride <= config.block_size:
+        raise UserError(f"--stride {config.stride}: expected 1 to the block size, {config.block_size}")
     if not 0 <= config.replay_share < 1:
         raise UserError(f"--replay-share {config.replay_share}: expected 0 up to, but not including, 1")
     if config.init_from != fs.redact(config.init_from):
@@ -321,9 +326,10 @@ def merge_resumed(
     for name in sorted(given - free):
         if name == "model" and config.model == "auto":
             continue
-        if getattr(config, name) != values.get(name):
+        was = values.get(name)
+        if getattr(config, name) != was:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: the checkpoint was trained with "
-                            f"{values.get(name)}: leave the flag out to go on, or give another --out")  # fmt: skip
+                            f"{'the default' if was is None else was}: leave the flag out to go on, or give another --out")  # fmt: skip
     if given & set(RUN_LENGTH):
         values |= dict.fromkeys(RUN_LENGTH)
     values |= {name: getattr(config, name) for name in given & free}

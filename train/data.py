@@ -68,7 +68,7 @@ class Data:
 
     def batches(self, config: TrainConfig) -> Batches:
         """Which windows each step trains on. Raises UserError where the data does not fill one batch."""
-        named = {"block_size": config.block_size, "batch": config.batch, "seed": config.seed}
+        named = {"block_size": config.block_size, "batch": config.batch, "seed": config.seed, "stride": config.stride}
         main = Batches(self.train, lengths=self.train.lengths, **named)
         if not self.replay:
             return main

@@ -129,15 +129,16 @@ def describe(
     mine, other = ("tied", "untied") if shape.tied else ("untied", "tied")
     millions = {name: n / 1e6 for name, n in count_params(shape).items()}
     n_train, n_val = sum(data.train.lengths), sum(data.val.lengths)
-    tokens = total * config.batch * config.block_size
+    windows = total * config.batch
+    epochs = windows * (1 - config.replay_share) * (config.stride or config.block_size) / n_train
     recomputed = ", activations recomputed (--checkpoint-activations)" if config.checkpoint_activations == "on" else ""
     print(f"model      {config.model}{' (modern)' if shape.modern else ''}: {shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd} wide, "
           f"{millions[mine]:.1f} M parameters ({mine}; {other} {millions[other]:.1f} M)")  # fmt: skip
     print(
         f"data       {fs.redact(config.data)}: {n_train:,} train and {n_val:,} val tokens, vocabulary {shape.vocab_size}"
     )
-    print(f"run        {total} steps of {config.batch} x {config.block_size} tokens = {count(tokens)} tokens, "
-          f"{tokens * (1 - config.replay_share) / n_train:.2f} epochs; micro-batch {config.micro_batch}{recomputed}; {config.optimizer}, peak lr {config.lr:g}, {config.schedule}")  # fmt: skip
+    print(f"run        {total} steps of {config.batch} x {config.block_size} tokens = {count(windows * config.block_size)} tokens, "
+          f"{epochs:.2f} epochs; micro-batch {config.micro_batch}{recomputed}; {config.optimizer}, peak lr {config.lr:g}, {config.schedule}")  # fmt: skip
     if config.init_from:
         print(f"tunes      {tuning(config, state)}")
     several = (
