@@ -10,8 +10,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from gpt.decoding import linear
 from gpt.errors import GPTError
 from gpt.model import GPT, GPTConfig
 
@@ -105,20 +105,6 @@ class KVCache:
         self.lengths = [self.lengths[row] for row in rows]
 
 
-def lay_out_for_decoding(model: GPT) -> GPT:
-    """The same model, its widening matrices stored by columns where that is faster: float32 on a CPU. Returns it.
-
-    One row times a matrix is all that decoding does, at the speed of reading the matrix: 768 -> 3,072 ran at 19.5 GB/s
-    so, at 13.1 by rows (MKL, one Zen 4 core, where reading alone does 17.6); 3,072 -> 768 is faster by rows.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.Linear) and module.out_features > module.in_features:
-            weight = module.weight.data
-            if weight.device.type == "cpu" and weight.dtype == torch.float32:
-                module.weight.data = weight.t().contiguous().t()  # the same shape, other strides
-    return model
-
-
 def prefill(model: GPT, prompts: Sequence[Sequence[int]], cache: KVCache | None = None) -> Tensor:
     """Logits (B, V) after the last id of each prompt, of any lengths up to block_size; refills the cache if given."""
     lengths = [len(prompt) for prompt in prompts]
@@ -132,13 +118,13 @@ def prefill(model: GPT, prompts: Sequence[Sequence[int]], cache: KVCache | None 
     if cache is not None:
         cache.truncate(lengths)
     last = x[torch.arange(len(prompts), device=device), torch.tensor(lengths, device=device) - 1]  # (B, C)
-    return F.linear(last, model.head_weight)  # (B, V)
+    return linear(last, model.head_weight)  # (B, V)
 
 
 def decode_one_token(model: GPT, ids: Tensor, cache: KVCache) -> Tensor:
     """Logits (B, V) after one more id per row, ids (B,); the cache grows by one position."""
     x = model.hidden(ids[:, None], cache=cache)  # (B, 1, C)
-    return F.linear(x[:, 0], model.head_weight)
+    return linear(x[:, 0], model.head_weight)
 
 
 def context_start(length: int, block_size: int) -> int:

@@ -23,10 +23,11 @@ import torch
 
 from cli import flags
 from cli.flags import flag
+from gpt.decoding import lay_out_for_decoding
 from gpt.hf import to_hf
 from gpt.model import GPT
 from gpt.presets import preset
-from gpt.sample import generate, lay_out_for_decoding
+from gpt.sample import generate
 from scripts.benchmark import machine_facts, settings_of, write_json
 from train.precision import Machine, choose_machine
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, replace
 
 from cli import flags
 from cli.flags import flag
+from gpt.decoding import lay_out_for_decoding
 from gpt.errors import GPTError
 from gpt.model import GPT
-from gpt.sample import lay_out_for_decoding
 from gpt.tokenizer import Tokenizer
 from scripts import sample
 from scripts.answering import Answer, fit

@@ -16,8 +16,8 @@ from typing import Literal
 from cli import flags
 from cli.errors import UserError
 from cli.flags import flag
+from gpt.decoding import lay_out_for_decoding
 from gpt.model import GPT
-from gpt.sample import lay_out_for_decoding
 from gpt.tokenizer import Tokenizer
 from scripts.answering import Answer
 from scripts.loading import load_model

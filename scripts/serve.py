@@ -29,9 +29,9 @@ from typing import TYPE_CHECKING, Any
 from cli import flags
 from cli.errors import UserError
 from cli.flags import flag
+from gpt.decoding import lay_out_for_decoding
 from gpt.errors import GPTError
 from gpt.model import GPT
-from gpt.sample import lay_out_for_decoding
 from gpt.tokenizer import Tokenizer
 from scripts.answering import Answer, TooLong, fit
 from scripts.loading import load_model

@@ -1,6 +1,5 @@
 """Sampling: the choice of an id, and text that does not depend on cache, company in the batch, or training."""
 
-import copy
 import itertools
 import math
 
@@ -16,7 +15,6 @@ from gpt.sample import (
     context_start,
     decode_one_token,
     generate,
-    lay_out_for_decoding,
     pick_next,
     prefill,
     stream,
@@ -51,16 +49,6 @@ def test_greedy_equals_transformers():
     for prompt in RAGGED[:2]:
         out = theirs.generate(torch.tensor([prompt]), max_new_tokens=16 - len(prompt), do_sample=False, pad_token_id=0)
         assert generate(MODEL, [prompt], max_tokens=16 - len(prompt), temperature=0) == [out[0, len(prompt) :].tolist()]
-
-
-def test_laid_out_for_decoding_it_is_the_same_model():
-    model = lay_out_for_decoding(copy.deepcopy(MODEL))
-    assert not model.blocks[0].mlp.up.weight.is_contiguous()
-    assert model.blocks[0].mlp.down.weight.is_contiguous()
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), MODEL.parameters(), strict=True))
-    for prompts in ([RAGGED[0]], RAGGED):
-        ours, laid_out = (generate(m, prompts, max_tokens=20, temperature=0) for m in (MODEL, model))
-        assert ours == laid_out
 
 
 def test_repetition_penalty_equals_transformers():
