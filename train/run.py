@@ -237,10 +237,10 @@ def train(
             missing = e
         yield None
 
-    def save() -> None:
+    def save(*, last: bool = False) -> None:
         state.elapsed_s = log.elapsed_s
         here = machine_record(machine, micro.size, ranks.world)
-        saver.begin(state.step, state_tensors(state, machine), state_record(config, state, data, here))
+        saver.begin(state.step, state_tensors(state, machine), state_record(config, state, data, here), last=last)
 
     def validate() -> float | None:
         with log.pause("evaluated", step=state.step):
@@ -324,14 +324,14 @@ def train(
     if failed and not told_to_stop:
         saver.wait()
         if ranks.tell(state.step > saver.begun_step):
-            save()
+            save(last=True)
         saver.finish()
         ranks.any(False)  # the launcher ends all as soon as one has failed: not before rank 0 has saved
         raise missing or StoreError("another process of this run could not go on: it says why")
     if state.step < total or state.val_due:
         return leave(stop, saver, save, folder, ranks, state.step, total)
     saver.wait()
-    save()
+    save(last=True)
     saver.wait()
     if not saver.error:
         folder.event("finished", step=state.step)
@@ -343,13 +343,13 @@ def train(
 
 
 def leave(
-    stop: StopSignal, saver: Saver, save: Callable[[], None], folder: RunFolder, ranks: Ranks, step: int, total: int
+    stop: StopSignal, saver: Saver, save: Callable[..., None], folder: RunFolder, ranks: Ranks, step: int, total: int
 ) -> int:  # fmt: skip
     """Told to stop: the state is committed if the grace lasts, first on this machine, then where the run lives."""
     if ranks.tell(step > saver.begun_step or saver.error is not None):
         in_time = saver.wait(stop.seconds_left() - saver.write_s) and stop.seconds_left() >= saver.write_s
         if ranks.tell(in_time):
-            save()
+            save(last=True)
         else:
             folder.warn(f"no time left to save step {step}: {saver.newest()} is what is saved")
     elif not saver.wait(stop.seconds_left()):
