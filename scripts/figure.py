@@ -56,7 +56,7 @@ def draw(runs: list[Run], *, by_tokens: bool = False) -> matplotlib.figure.Figur
             axes.set_xlim(0, 1.01 * max(run.x(max(run.losses), by_tokens) for run in runs))
         _focus(loss, runs)
         speed.yaxis.set_major_formatter(EngFormatter(sep=""))
-        speed.set_ylim(bottom=0)
+        speed.set_ylim(0, 1.1 * speed.dataLim.y1 if speed.lines else 1)
         lr.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
         lr.set_ylim(bottom=0)
         loss.legend(loc="upper right", ncols=min(len(loss.get_legend_handles_labels()[1]), 4))

@@ -353,7 +353,7 @@ def test_a_signal_in_the_last_validation_is_no_end(data, tmp_path, monkeypatch):
         m.setattr(run, "validation_loss", signalled)
         assert train(*flags, "--out", tmp_path / "out") == 75
     with monkeypatch.context() as m:  # validated, and killed before that was saved
-        m.setattr(Saver, "begin", lambda *a: 1 / 0)
+        m.setattr(Saver, "begin", lambda *a, **k: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train(*flags, "--out", tmp_path / "out")
     assert "val_loss" in lines(tmp_path / "out", "metrics.jsonl")[-1]
