@@ -10,8 +10,6 @@ from contextvars import ContextVar
 from types import TracebackType
 
 import psutil
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
 
 PLAIN_EVERY_S = 10.0
 SAMPLE_EVERY_S = 0.25
@@ -79,12 +77,15 @@ class Meter:
         self.memory = self.peak_memory = 0
         self.start_s = time.monotonic()
         self.ended_s: float | None = None
-        self.live: Progress | None = None
+        self.live = None  # or rich's Progress
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> "Meter":
         if is_live_terminal():
+            from rich.console import Console  # 45 ms, which logs and worker processes need not pay
+            from rich.progress import BarColumn, Progress, TextColumn
+
             columns = (TextColumn("{task.description:<10}"), BarColumn(bar_width=30), TextColumn("{task.fields[line]}"))
             self.live = Progress(*columns, console=Console(), transient=True)
             self._task = self.live.add_task(self.what, total=self.total, completed=self.done, line="")

@@ -57,7 +57,8 @@ def _from_json(url: str) -> tuple[tokenizers.Tokenizer, str]:
     """(tokenizer, type of its model)."""
     text = fs.read_text(url)
     try:
-        return tokenizers.Tokenizer.from_str(text), json.loads(text)["model"]["type"]
+        tokenizer = tokenizers.Tokenizer.from_str(text)
+        return tokenizer, type(tokenizer.model).__name__
     except Exception as e:  # tokenizers raises bare Exception
         raise UserError(f"{fs.redact(url)}: not a tokenizer.json in the Hugging Face format ({str(e)[:100]})") from e
 

@@ -22,7 +22,8 @@ from store import fs
 from store.shards import Shard
 
 UPLOADS = 4  # shards on their way to the output at once, beside the work: as many wait on this disk at most
-PROOFS, PROOF_BYTES = 16, 1 << 20  # places in the corpus, and text from all of them, that engines are compared on
+PACK_FROM = 1 << 30  # bytes of input: of fewer, all of it fits any disk once more, and packing is a tenth of the work
+PROOFS, PROOF_BYTES = 16, 512 << 10  # places in the corpus, and text from all of them, that engines are compared on
 LARGEST_CLUSTERS, CLUSTER_EXCERPT = 20, 200  # in the report; characters
 
 
@@ -49,8 +50,10 @@ def clean_corpus(
     counts, examples, changes, done, groups = Counter(), {}, {}, [], []
     group_counts = [Counter() for _ in range(max((t.group for t in tasks), default=-1) + 1)]
     lines, first_unusable = Counter(), ""
-    with Meter("clean", sum(t.size for t in tasks), "B") as meter:
-        jobs = ((task, work, rules, fields) for task in tasks)
+    size = sum(t.size for t in tasks)
+    level = parts.PACKED if size > PACK_FROM else parts.STORED
+    with Meter("clean", size, "B") as meter:
+        jobs = ((task, work, rules, fields, level) for task in tasks)
         for task, marker in zip(tasks, pool.run(clean_task, jobs), strict=True):
             counts.update(marker["counts"])
             group_counts[task.group].update(marker["counts"])
@@ -80,8 +83,8 @@ def clean_marker(task: corpus.Task, work: Path) -> Path:
     return work / f"clean-{task.index:06d}.json"
 
 
-def clean_task(task: corpus.Task, work: Path, rules: cleaning.Settings, fields: Fields) -> dict:
-    """One task -> cleaned parts and their marker."""
+def clean_task(task: corpus.Task, work: Path, rules: cleaning.Settings, fields: Fields, level: int) -> dict:
+    """One task -> cleaned parts, stored with zstd's `level`, and their marker."""
     marker_path = clean_marker(task, work)
     if marker := parts.load_marker(marker_path):
         return marker
@@ -96,7 +99,8 @@ def clean_task(task: corpus.Task, work: Path, rules: cleaning.Settings, fields: 
         documents = parts.Documents.build(waiting)
         counts.update(kept=len(waiting), kept_bytes=len(documents.text), turns=len(documents.turn_role))
         counts["chat"] += sum(document[0][0] is not None for document in waiting)
-        files.extend(parts.save_documents(work / f"clean-{task.index:06d}-{len(files) // 2:04d}.zst", documents))
+        path = work / f"clean-{task.index:06d}-{len(files) // 2:04d}.zst"
+        files.extend(parts.save_documents(path, documents, level))
         waiting, waiting_bytes = [], 0
 
     def drop(reason: str, text: str) -> None:

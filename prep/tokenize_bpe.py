@@ -34,7 +34,6 @@ from prep import (
     mixing,
     parts,
     report,
-    report_page,
     shares,
     spool,
     stages,
@@ -176,6 +175,8 @@ def build(
         merge.plan_shards(encoded, settings.shard_tokens), encoded, output, work,
         dtype=dtype, level=settings.level if settings.compress else None, counted=counted, pool=pool,
     )  # fmt: skip
+
+    from prep import report_page  # 45 ms, which worker processes need not pay
 
     described = report.describe(
         settings=job["settings"], sources=sources, cleaned=cleaned, selection=selection, counted=counted, seen=seen,

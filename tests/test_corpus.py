@@ -175,7 +175,9 @@ def test_invalid_utf8_is_counted_or_refused(tmp_path):
     assert formats.decode(other) == ("ok \ufffd é \ufffd caf\ufffd \ufffd \ufffd \ufffd", 5)
     (tmp_path / "a.txt").write_bytes(b"caf\xe9")
     (task,) = corpus.plan(corpus.find_sources((str(tmp_path / "a.txt"),)))
-    assert "--clean strict refuses it" in error_of(lambda: list(reading.read(task.pieces[0], strict=True)))
+    assert "--clean strict refuses it" in error_of(
+        lambda: [list(b.documents) for b in reading.read(task.pieces[0], strict=True)]
+    )
 
 
 def test_a_changed_file_has_another_fingerprint(tmp_path):

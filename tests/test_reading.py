@@ -169,3 +169,17 @@ def test_a_file_that_may_not_be_read_is_told(tmp_path):
     (tmp_path / "a.txt").write_text("secret")
     (tmp_path / "a.txt").chmod(0)
     assert "a.txt: cannot open: Permission denied" in error_of(corpus.find_sources, (str(tmp_path / "a.txt"),))
+
+
+def test_conversations_are_the_same_however_a_chunk_is_cut(tmp_path, monkeypatch):
+    text = "\ufeffUser: a\n\nits second paragraph\n \t\nAssistant: b\n\n\n\nHUMAN : c\nbot:d\n\nusual: no label\n\nSystem: e\nUser: é"
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\n\n".join([text.encode(), b"caf\xe9"] * 9))
+    (task,) = corpus.plan(corpus.find_sources((str(path),)))
+    cuts = []
+    for n_bytes in (1 << 20, 100, 1):
+        monkeypatch.setattr(reading, "CACHED_BYTES", n_bytes)
+        batches = list(reading.read(task.pieces[0]))
+        cuts.append(([list(b.documents) for b in batches], [b.invalid_utf8 for b in batches]))
+    assert cuts[0] == cuts[1] == cuts[2]
+    assert (len(cuts[0][0][0]), cuts[0][1]) == (19, [9])
