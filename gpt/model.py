@@ -161,7 +161,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw GPT-2's initial weights from torch's global generator, in one fixed order; the modern head begins at 0."""
+        """Draw GPT-2's initial weights from torch's global generator, in one fixed order."""
         # Each block adds two terms to the residual stream: this keeps its variance at the output independent of depth.
         residual_std = INIT_STD / math.sqrt(2 * self.config.n_layer)
         for name, module in self.named_modules():
@@ -172,8 +172,6 @@ class GPT(nn.Module):
                     module.bias.zero_()
             elif isinstance(module, nn.LayerNorm | nn.RMSNorm | QKNorm):
                 module.reset_parameters()
-        if self.config.modern and self.head is not None:
-            self.head.weight.zero_()  # the first gradients then reach it alone: no other weight is moved by noise
 
     @property
     def head_weight(self) -> Tensor:

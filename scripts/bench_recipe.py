@@ -38,7 +38,8 @@ from train.precision import Machine, choose_machine
 from train.schedule import learning_rate
 from train.step import to_device, train_step, validation_loss
 
-PARTS = ("rotary", "rms_norm", "qk_norm", "swiglu", "zero_head")  # of --arch modern
+PARTS = ("rotary", "rms_norm", "qk_norm", "swiglu")  # of --arch modern
+TRIED = ("zero_head",)  # and left out: it did not pay
 MODERN = (*PARTS, "muon", "wsd")
 GPT2 = ()  # AdamW and cosine: no ingredient
 WSD = {"schedule": "wsd", "floor": 0.0, "decay_fraction": 0.5}
@@ -124,7 +125,8 @@ def name_of(ingredients: tuple[str, ...]) -> str:
     """`GPT-2`, `GPT-2 + muon`, `modern`, `modern - swiglu`."""
     if len(ingredients) <= len(MODERN) // 2:
         return " + ".join(("GPT-2", *ingredients))
-    return " - ".join(("modern", *(i for i in MODERN if i not in ingredients)))
+    more = "".join(f" + {i}" for i in ingredients if i in TRIED)
+    return " - ".join(("modern", *(i for i in MODERN if i not in ingredients))) + more
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -196,7 +198,7 @@ def taste(book: Book, size: str, budget: int, share: float, lrs: list[float], mu
     print(f"\n{size}, {tokens:,} tokens          loss   gain at equal tokens   ms/step   gain at equal time")
     rows = [("GPT-2", base, base)]
     # Muon's best learning rate is not AdamW's: with it comes the one of the whole recipe, and without it GPT-2's
-    for i in MODERN:
+    for i in (*MODERN, *TRIED):
         trial = Trial(size, (i,), lr[MODERN] if i == "muon" else lr[GPT2], 1, tokens)
         rows.append((name_of((i,)), book[trial], base))
     rows.append(("modern", all_of_it, base))
@@ -204,6 +206,10 @@ def taste(book: Book, size: str, budget: int, share: float, lrs: list[float], mu
         rest = tuple(x for x in MODERN if x != i)
         trial = Trial(size, rest, lr[GPT2] if i == "muon" else lr[MODERN], 1, tokens)
         rows.append((name_of(rest), book[trial], all_of_it))
+    for i in TRIED:
+        # in the order in which MODERN once had it, under which its trials are kept
+        both = (*PARTS, i, *MODERN[len(PARTS) :])
+        rows.append((name_of(both), book[Trial(size, both, lr[MODERN], 1, tokens)], all_of_it))
     for name, row, against in rows:
         gain = against["loss"] - row["loss"]
         # what the same seconds would have bought: the loss falls by so much with each doubling of GPT-2's tokens
@@ -259,27 +265,33 @@ def build(size: str, ingredients: Iterable[str], *, vocab_size: int, block_size:
     config = GPTConfig(vocab_size=vocab_size, block_size=block_size, n_layer=n_layer, n_head=4, n_embd=n_embd)
     modern, parts = dataclasses.replace(config, arch="modern"), set(ingredients)
     if parts >= set(PARTS):
-        return GPT(modern)
-    model = GPT(config)
+        model = GPT(modern)
+    else:
+        model = GPT(config)
+        _give(model, parts, modern)
+    if "zero_head" in parts:
+        nn.init.zeros_(model.head.weight)
+    return model
+
+
+def _give(model: GPT, parts: set[str], modern: GPTConfig) -> None:
+    """Put some parts of the modern model into a GPT-2, and draw its weights anew."""
     if not parts & set(PARTS):
-        return model
+        return
     if "rotary" in parts:
         model.wpe = None
     if "rms_norm" in parts:
         model.ln_f = make_norm(modern)
     for block in model.blocks:
         if "rotary" in parts:
-            block.attn.qk_norm = QKNorm(config.head_width) if "qk_norm" in parts else Neither()
+            block.attn.qk_norm = QKNorm(modern.head_width) if "qk_norm" in parts else Neither()
         elif "qk_norm" in parts:
-            block.attn.qkv = NormedQueriesAndKeys(block.attn.qkv, config.n_head, config.head_width)
+            block.attn.qkv = NormedQueriesAndKeys(block.attn.qkv, modern.n_head, modern.head_width)
         if "rms_norm" in parts:
             block.ln_1, block.ln_2 = make_norm(modern), make_norm(modern)
         if "swiglu" in parts:
             block.mlp = GatedMLP(modern)
     model.reset_parameters()
-    if "zero_head" in parts:
-        nn.init.zeros_(model.head.weight)
-    return model
 
 
 def run(trial: Trial, args: RecipeFlags, tokens: TokenShards, machine: Machine) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import torch
 from gpt.model import GPT, GPTConfig
 from gpt.modern import GatedMLP, rotation
 from scripts import bench_recipe
-from scripts.bench_recipe import MODERN, PARTS, build, name_of
+from scripts.bench_recipe import MODERN, PARTS, TRIED, build, name_of
 from tests.helpers import error_of
 
 SHAPE = {"vocab_size": 61, "block_size": 16}
@@ -28,10 +28,10 @@ def test_all_parts_together_are_the_modern_model_and_none_are_gpt2():
         assert all(torch.equal(ours[k], real[k]) for k in real)
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", [*PARTS, *TRIED])
 def test_an_ingredient_alone_is_itself_and_nothing_else(part):
     """What a model has of each ingredient, seen in its own parts."""
-    for parts in ((part,), tuple(p for p in PARTS if p != part)):
+    for parts in ((part,), tuple(p for p in (*PARTS, *TRIED) if p != part)):
         model = made(*parts)
         attention = model.blocks[1].attn
         with torch.no_grad():  # of a query made longer, QK-norm sees nothing; rotation is seen in the missing table
@@ -40,7 +40,8 @@ def test_an_ingredient_alone_is_itself_and_nothing_else(part):
             before = attention(x, angles)
             linear = getattr(attention.qkv, "linear", attention.qkv)
             linear.weight[:16] *= 100
-            linear.bias[:16] = 0
+            if linear.bias is not None:
+                linear.bias[:16] = 0
             normed = torch.allclose(attention(x, angles), before, atol=1e-5)
         has = {
             "rotary": model.wpe is None,
@@ -59,6 +60,7 @@ def test_names():
     assert name_of(("muon",)) == "GPT-2 + muon"
     assert name_of(MODERN) == "modern"
     assert name_of(tuple(i for i in MODERN if i != "wsd")) == "modern - wsd"
+    assert name_of((*MODERN, "zero_head")) == "modern + zero_head"
 
 
 def test_trials_are_kept_and_the_tables_told(data, tmp_path, capsys):
@@ -69,7 +71,7 @@ def test_trials_are_kept_and_the_tables_told(data, tmp_path, capsys):
     assert "more trials are left" in capsys.readouterr().out
     assert bench_recipe.main(flags) == 0
     said, page = capsys.readouterr().out, json.loads(output.read_text())
-    assert len(page["trials"]) == 5 + 2 * len(MODERN)
+    assert len(page["trials"]) == 5 + 2 * len(MODERN) + 2 * len(TRIED)
     assert len(page["trials"][0]["curve"][0]) == 4
     assert "modern reached GPT-2's loss with 40% of its tokens at" in said
     assert bench_recipe.main(flags) == 0  # shows the tables again, and trains nothing

@@ -70,13 +70,10 @@ def test_large_queries_and_keys_change_nothing():
     torch.testing.assert_close(model(ids), before, rtol=1e-3, atol=1e-3)
 
 
-def test_it_begins_at_the_uniform_guess_and_first_moves_the_head_alone():
+def test_it_begins_near_the_uniform_guess_with_gains_of_one_and_no_bias():
     torch.manual_seed(0)
     model, ids = GPT(GPTConfig(**MODERN)), random_ids(4, 16)
-    loss = model(ids, ids.flip(0))
-    assert loss.item() == pytest.approx(math.log(61), abs=1e-6)
-    loss.backward()
-    assert [name for name, p in model.named_parameters() if p.grad.any()] == ["head.weight"]
+    assert model(ids, ids.flip(0)).item() == pytest.approx(math.log(61), abs=0.05)
     with torch.no_grad():
         for p in model.parameters():
             p.fill_(3.0)
