@@ -38,7 +38,7 @@ from train.precision import Machine, choose_machine
 from train.schedule import learning_rate
 from train.step import to_device, train_step, validation_loss
 
-PARTS = ("rotary", "rms_norm", "qk_norm", "swiglu")  # of --arch modern
+PARTS = ("rotary", "rms_norm", "qk_norm", "swiglu", "no_bias")  # of --arch modern
 TRIED = ("zero_head",)  # and left out: it did not pay
 MODERN = (*PARTS, "muon", "wsd")
 GPT2 = ()  # AdamW and cosine: no ingredient
@@ -207,9 +207,8 @@ def taste(book: Book, size: str, budget: int, share: float, lrs: list[float], mu
         trial = Trial(size, rest, lr[GPT2] if i == "muon" else lr[MODERN], 1, tokens)
         rows.append((name_of(rest), book[trial], all_of_it))
     for i in TRIED:
-        # in the order in which MODERN once had it, under which its trials are kept
-        both = (*PARTS, i, *MODERN[len(PARTS) :])
-        rows.append((name_of(both), book[Trial(size, both, lr[MODERN], 1, tokens)], all_of_it))
+        trial = Trial(size, (*MODERN, i), lr[MODERN], 1, tokens)
+        rows.append((name_of((*MODERN, i)), book[trial], all_of_it))
     for name, row, against in rows:
         gain = against["loss"] - row["loss"]
         # what the same seconds would have bought: the loss falls by so much with each doubling of GPT-2's tokens
@@ -262,8 +261,11 @@ class Neither(nn.Module):
 def build(size: str, ingredients: Iterable[str], *, vocab_size: int, block_size: int) -> GPT:
     """The model of a trial, drawn from torch's global generator; all of PARTS together are arch="modern" itself."""
     n_layer, n_embd = map(int, size.split("x"))
-    config = GPTConfig(vocab_size=vocab_size, block_size=block_size, n_layer=n_layer, n_head=4, n_embd=n_embd)
-    modern, parts = dataclasses.replace(config, arch="modern"), set(ingredients)
+    parts = set(ingredients)
+    config = GPTConfig(
+        vocab_size=vocab_size, block_size=block_size, n_layer=n_layer, n_head=4, n_embd=n_embd, bias="no_bias" not in parts
+    )  # fmt: skip
+    modern = dataclasses.replace(config, arch="modern")
     if parts >= set(PARTS):
         model = GPT(modern)
     else:

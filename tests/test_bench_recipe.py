@@ -48,6 +48,7 @@ def test_an_ingredient_alone_is_itself_and_nothing_else(part):
             "rms_norm": all(isinstance(m, torch.nn.RMSNorm) for m in (model.ln_f, model.blocks[1].ln_1)),
             "qk_norm": normed,
             "swiglu": isinstance(model.blocks[1].mlp, GatedMLP),
+            "no_bias": model.blocks[1].attn.proj.bias is None,
             "zero_head": not model.head.weight.any(),
         }
         assert {name for name, there in has.items() if there} == set(parts)
