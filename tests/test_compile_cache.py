@@ -227,6 +227,7 @@ def test_the_key_tells_apart_whatever_compiles_differently(monkeypatch):
 HOSTILE = {
     "upwards": [(member("../../evil"), b"x")],
     "absolute": [(member("/tmp/perennial-evil"), b"x")],
+    "in and out": [(member("a/../../evil"), b"x")],
     "link out": [(member("l", tarfile.SYMTYPE, "/etc"), b"")],
     "link in": [(member("a"), b"x"), (member("l", tarfile.SYMTYPE, "a"), b"")],
     "hard link": [(member("a"), b"x"), (member("h", tarfile.LNKTYPE, "a"), b"")],
@@ -240,13 +241,9 @@ def test_an_archive_that_would_reach_outside_is_not_unpacked(tmp_path, case):
     inside = tmp_path / "deep" / "inside"
     inside.mkdir(parents=True)
     archive = archive_of(tmp_path / "x.tar.zst", (member("good"), b"y"), *HOSTILE[case])
-    if case == "absolute":  # tarfile's data filter takes the leading slash away
+    with pytest.raises((ValueError, OSError, tarfile.TarError)):
         unpack(archive, inside / "cache")
-        assert (inside / "cache" / "tmp" / "perennial-evil").exists()
-    else:
-        with pytest.raises((ValueError, OSError, tarfile.TarError)):
-            unpack(archive, inside / "cache")
-        assert list(inside.iterdir()) == []
+    assert list(inside.iterdir()) == []
     assert {p.name for p in tmp_path.iterdir()} == {"deep", "x.tar.zst"}
     assert {p.name for p in (tmp_path / "deep").iterdir()} == {"inside"}
     assert not Path("/tmp/perennial-evil").exists()

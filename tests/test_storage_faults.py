@@ -191,12 +191,14 @@ def test_no_wait_is_without_end(server, kind):
 def test_patience_ends_in_one_line(server, monkeypatch, tmp_path):
     """An outage that outlasts it: the line names the object, and the old bytes are there when the store is back."""
     fs.put_bytes(f"{server.kind}://bucket/x", b"old")
+    patience_s = retry.RETRY_FOR_S
     monkeypatch.setattr(retry, "RETRY_FOR_S", 0.3)
     server.outage(60)
     with pytest.raises(Unreachable, match=r"^\w+://bucket/x: cannot write: ") as e:
         fs.put_bytes(f"{server.kind}://bucket/x", b"new")
     assert "\n" not in str(e.value)
     server.outage(0)
+    monkeypatch.setattr(retry, "RETRY_FOR_S", patience_s)
     assert stored(server, "x") == b"old"
 
 
@@ -220,7 +222,9 @@ def test_training_goes_on_through_an_outage(server, data, tmp_path, monkeypatch)
     assert train(*flags, "--out", url) == 0
     events = [json.loads(line) for line in stored(server, "out/events.jsonl").splitlines()]
     saves = {tier: [e for e in events if e["event"] == "saved" and e["tier"] == tier] for tier in ("local", "remote")}
-    assert max(b - a for a, b in itertools.pairwise(begun_s)) < 5 * OUTAGE_S / 20 + 2
+    assert (
+        max(b - a for a, b in itertools.pairwise(begun_s)) < 5 * OUTAGE_S / 20 + 5
+    )  # (a machine with much else to do)
     assert len(saves["local"]) > 10
     gap_s = max(b["up_s"] - a["up_s"] for a, b in itertools.pairwise(saves["remote"]))
     assert gap_s > OUTAGE_S / 2

@@ -328,7 +328,7 @@ def test_workers_are_one_or_more():
 
 @pytest.mark.parametrize("flag", ["--input", "--output", "--tokenizer", "--blocklist"])
 def test_a_server_that_is_not_there_is_soon_told(corpus, monkeypatch, flag):
-    monkeypatch.setattr(tokenize_bpe, "FIRST_LOOK_S", 0.1)
+    monkeypatch.setattr(tokenize_bpe, "FIRST_LOOK_S", 1.0)
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))  # and does not listen
         flags = {"--input": corpus, "--output": "d", flag: f"http://127.0.0.1:{s.getsockname()[1]}/x.txt"}

@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 import torch
@@ -220,16 +220,21 @@ def unpack(archive: Path, folder: Path) -> None:
             zstandard.ZstdDecompressor().stream_reader(f) as z,
             tarfile.open(fileobj=_Bounded(z), mode="r|") as tar,
         ):
-            tar.extractall(fresh, members=_plain(tar), filter="data")  # which refuses names that lead outside
+            tar.extraction_filter = getattr(tarfile, "data_filter", None)  # from Python 3.11.4 on; Debian 12 has 3.11.2
+            tar.extractall(fresh, members=_plain(tar))
         os.rename(fresh, folder)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
 
 
 def _plain(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The members, each a file or a folder below the one they are unpacked to; a ValueError at the first that is not."""
     for count, member in enumerate(tar):
-        if count >= MOST_FILES or not (member.isreg() or member.isdir()):
-            raise ValueError(f"{member.name}: not a plain file, or one of too many")
+        name = PurePosixPath(member.name)
+        if count >= MOST_FILES or not (member.isreg() or member.isdir()) or name.is_absolute() or ".." in name.parts:
+            raise ValueError(f"{member.name}: not a plain file of this folder, or one of too many")
+        member.uid, member.gid, member.uname, member.gname = os.getuid(), os.getgid(), "", ""
+        member.mode &= 0o755
         yield member
 
 
