@@ -70,8 +70,13 @@ def test_a_poisoned_step_changes_nothing_and_training_goes_on_also_over_a_resume
     said = capsys.readouterr().err
     assert said.count("left out: loss or gradient not a number") >= 2
     assert sum(e["count"] for e in events(tmp_path / "quiet", "skipped_steps")) == 3
-    assert 6 not in {e["step"] for e in events(tmp_path / "quiet", "saved")}  # put off until the first good step
-    assert 8 in {e["step"] for e in events(tmp_path / "quiet", "saved")}
+    saved = {e["step"] for e in events(tmp_path / "quiet", "saved")}
+    assert not saved & {6, 7}
+    assert saved & {
+        8,
+        9,
+        10,
+    }  # put off until the first good step, or on a busy machine until the save of step 3 is done
     for step in (7, 5, 8):  # dies at 7, between two; at 8, from 3 again; at 11
         train_until_killed(monkeypatch, step, *flags, "--out", tmp_path / "killed")
     assert train(*flags, "--out", tmp_path / "killed") == 0
