@@ -21,10 +21,10 @@ from gpt.model import GPT
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear(x, weight, bias), to rounding; x: (..., in), weight: (out, in). A single float32 row on a CPU is spread over
     the cores, forward only."""
-    out, n = weight.shape[0], torch.get_num_threads()
     one = x.numel() == weight.shape[1] and x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu"
-    if not one or n == 1 or torch.is_grad_enabled():
+    if not one or torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.get_num_threads() == 1:
         return F.linear(x, weight, bias)
+    out, n = weight.shape[0], torch.get_num_threads()
     if weight.t().is_contiguous():
         parts = _divisor(weight.shape[1], n)
         y = torch.bmm(x.reshape(parts, 1, -1), weight.t().view(parts, -1, out)).sum(0)  # (parts, 1, out) -> (1, out)

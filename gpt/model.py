@@ -14,7 +14,7 @@ from gpt.loss import linear_cross_entropy
 from gpt.modern import NORM_EPS, GatedMLP, QKNorm, Rotation, rotate, rotation
 
 if TYPE_CHECKING:
-    from gpt.sample import KVCache
+    from gpt.cache import KVCache
 
 ARCHS = ("gpt2", "modern")
 INIT_STD = 0.02

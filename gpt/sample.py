@@ -6,14 +6,16 @@ A text longer than block_size is seen through a window that begins at a function
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
+from gpt.cache import KVCache
+from gpt.compiled import CompiledCache, cache_for
 from gpt.decoding import linear
 from gpt.errors import GPTError
-from gpt.model import GPT, GPTConfig
+from gpt.model import GPT
 
 
 def pick_next(
@@ -54,57 +56,6 @@ def pick_next(
     return ids.gather(-1, torch.multinomial(probs, 1, generator=generator)).squeeze(-1)
 
 
-class KVCache:
-    """Keys and values of the positions a model has seen, for rows of differing length.
-
-    Allocated once, 2 * n_layer * batch * block_size * n_embd numbers. Row b holds lengths[b] positions; what lies
-    beyond them (padding of a ragged prefill) is never attended to, and is overwritten as the row grows.
-    """
-
-    def __init__(self, config: GPTConfig, batch: int, *, dtype: torch.dtype, device: torch.device) -> None:
-        shape = (config.n_layer, batch, config.n_head, config.block_size, config.head_width)  # (L, B, H, S, D)
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
-        self.lengths = [0] * batch  # on the host: the loop below knows them, the device need never be asked
-
-    def advance(self, T: int) -> Tensor:
-        """Make room for T more positions in every row; returns their position numbers, (B, T)."""
-        if max(self.lengths) + T > self.k.shape[3]:
-            raise GPTError(f"{max(self.lengths)} + {T} positions exceed the cache's {self.k.shape[3]}: prefill again")
-        device = self.k.device
-        self.positions = torch.tensor(self.lengths, device=device)[:, None] + torch.arange(T, device=device)  # (B, T)
-        self.level = min(self.lengths) == max(self.lengths)
-        self.causal = max(self.lengths) == 0 and T > 1
-        self.lengths = [length + T for length in self.lengths]
-        self.used = max(self.lengths)
-        # A key is visible to its own and later positions: (B, 1, T, S). This hides another row's longer tail too. None
-        # where `causal` says the same, or where one position sees all there are: torch has faster kernels for these.
-        maskless = self.causal or (self.level and T == 1)
-        keys = torch.arange(self.used, device=device)
-        self.mask = None if maskless else (keys <= self.positions[:, :, None])[:, None]
-        return self.positions
-
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store one layer's new keys and values (B, H, T, D); returns all of them so far, (B, H, S, D)."""
-        rows = torch.arange(k.shape[0], device=k.device)[:, None]  # (B, 1) against positions (B, T)
-        for store, new in ((self.k[layer], k), (self.v[layer], v)):
-            if self.level:
-                store[:, :, self.used - new.shape[2] : self.used] = new
-            else:
-                store[rows, :, self.positions] = new.transpose(1, 2).to(store.dtype)  # (B, T, H, D)
-        return self.k[layer, :, :, : self.used], self.v[layer, :, :, : self.used]
-
-    def truncate(self, lengths: Sequence[int]) -> None:
-        """Forget what each row holds beyond its length."""
-        self.lengths = list(lengths)
-
-    def keep_rows(self, rows: Sequence[int]) -> None:
-        """Drop all other rows."""
-        index = torch.tensor(rows, device=self.k.device)
-        self.k, self.v = self.k[:, index], self.v[:, index]
-        self.lengths = [self.lengths[row] for row in rows]
-
-
 def prefill(model: GPT, prompts: Sequence[Sequence[int]], cache: KVCache | None = None) -> Tensor:
     """Logits (B, V) after the last id of each prompt, of any lengths up to block_size; refills the cache if given."""
     lengths = [len(prompt) for prompt in prompts]
@@ -123,6 +74,8 @@ def prefill(model: GPT, prompts: Sequence[Sequence[int]], cache: KVCache | None 
 
 def decode_one_token(model: GPT, ids: Tensor, cache: KVCache) -> Tensor:
     """Logits (B, V) after one more id per row, ids (B,); the cache grows by one position."""
+    if isinstance(cache, CompiledCache):
+        return cache.decode_one_token(ids)
     x = model.hidden(ids[:, None], cache=cache)  # (B, 1, C)
     return linear(x[:, 0], model.head_weight)
 
@@ -226,32 +179,32 @@ def _decode(model, texts, max_tokens, choice, stop_ids, seed, use_cache) -> Iter
     seen = torch.zeros(len(texts), model.config.vocab_size, dtype=torch.bool, device=weight.device)
     for row, text in enumerate(texts):
         seen[row, text] = True
-    cache = KVCache(model.config, len(texts), dtype=weight.dtype, device=weight.device) if use_cache and texts else None
-    starts: list[int] = []  # the windows that the cache holds
-    for _ in range(max_tokens):
-        if not live:
-            return
-        previous, starts = starts, [context_start(len(texts[row]), model.config.block_size) for row in live]
-        with _evaluating(model):
-            if cache is not None and starts == previous:
-                newest = torch.tensor([texts[row][-1] for row in live], device=weight.device)
-                logits = decode_one_token(model, newest, cache)
-            else:  # a window moved: every position number in it changes, so its keys do too
-                logits = prefill(model, [texts[row][s:] for row, s in zip(live, starts, strict=True)], cache)
-        picked = pick_next(logits, generator=generator, seen=seen, **choice)
-        new = dict(zip(live, picked.tolist(), strict=True))
-        seen.scatter_(1, picked[:, None], True)
-        going = [i for i, row in enumerate(live) if new[row] not in stop_ids]
-        if len(going) < len(live):
-            live, starts = [live[i] for i in going], [starts[i] for i in going]
+    with cache_for(model, len(texts)) if use_cache and texts else nullcontext() as cache:
+        starts: list[int] = []  # the windows that the cache holds
+        for _ in range(max_tokens):
             if not live:
                 return
-            seen = seen[going]
-            if cache is not None:
-                cache.keep_rows(going)
-        for row in live:
-            texts[row].append(new[row])
-        yield {row: new[row] for row in live}
+            previous, starts = starts, [context_start(len(texts[row]), model.config.block_size) for row in live]
+            with _evaluating(model):
+                if cache is not None and starts == previous:
+                    newest = torch.tensor([texts[row][-1] for row in live], device=weight.device)
+                    logits = decode_one_token(model, newest, cache)
+                else:  # a window moved: every position number in it changes, so its keys do too
+                    logits = prefill(model, [texts[row][s:] for row, s in zip(live, starts, strict=True)], cache)
+            picked = pick_next(logits, generator=generator, seen=seen, **choice)
+            new = dict(zip(live, picked.tolist(), strict=True))
+            seen.scatter_(1, picked[:, None], True)
+            going = [i for i, row in enumerate(live) if new[row] not in stop_ids]
+            if len(going) < len(live):
+                live, starts = [live[i] for i in going], [starts[i] for i in going]
+                if not live:
+                    return
+                seen = seen[going]
+                if cache is not None:
+                    cache.keep_rows(going)
+            for row in live:
+                texts[row].append(new[row])
+            yield {row: new[row] for row in live}
 
 
 @contextmanager

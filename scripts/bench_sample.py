@@ -1,7 +1,7 @@
 """Tokens per second of generation, beside transformers.generate with its cache and beside what the memory allows.
 
     python scripts/bench_sample.py
-    python scripts/bench_sample.py --device cuda --precisions bf16
+    python scripts/bench_sample.py --device cuda --precisions bf16 --compile
 
 The same weights in both, greedy, in turns in one run; prompt and generation together are timed. Each new id needs every
 weight once, so memory bandwidth bounds the rate: the bound is measured in the same turns, by summing as many bytes.
@@ -23,6 +23,7 @@ import torch
 
 from cli import flags
 from cli.flags import flag
+from gpt.compiled import compile_decoding
 from gpt.decoding import lay_out_for_decoding
 from gpt.hf import to_hf
 from gpt.model import GPT
@@ -47,6 +48,7 @@ class BenchFlags:
     precisions: tuple[str, ...] = flag(("fp32", "bf16"), "formats of weights and cache: fp32 bf16 fp16")
     rounds: int = flag(4, "turns of each contestant")
     device: str = flag("cpu", "cuda, mps, cpu or auto")
+    compile: bool = flag(False, "ours decodes by one compiled graph (on a GPU a CUDA graph)")
     json: str = flag("", "file for the figures")
 
 
@@ -83,7 +85,8 @@ def models(args: BenchFlags, dtype: torch.dtype, machine: Machine) -> tuple[GPT,
     theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**kwargs, bos_token_id=0, eos_token_id=None))
     theirs.load_state_dict(weights)
     ours, theirs = (model.to(machine.device, dtype).eval() for model in (ours, theirs))
-    return lay_out_for_decoding(ours), theirs
+    lay_out_for_decoding(ours)
+    return compile_decoding(ours, args.batch) if args.compile else ours, theirs
 
 
 def compare(args: BenchFlags, ours: GPT, theirs: Any, length: int, machine: Machine) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from cli import flags
 from cli.flags import flag
+from gpt.compiled import compile_decoding
 from gpt.decoding import lay_out_for_decoding
 from gpt.errors import GPTError
 from gpt.model import GPT
@@ -145,6 +146,8 @@ def main(argv: list[str] | None = None) -> int:
     args, _ = flags.parse(ChatFlags, argv, prog="chat.py", description=__doc__)
     model, tokenizer = load_model(args.run, device=args.device, step=args.step, precision=args.precision)
     lay_out_for_decoding(model)
+    if args.compile:
+        compile_decoding(model)
     chat = Chat(model, tokenizer, args)
     interactive = sys.stdin.isatty()
     with remembered_lines() if interactive else contextlib.nullcontext():

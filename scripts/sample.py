@@ -16,6 +16,7 @@ from typing import Literal
 from cli import flags
 from cli.errors import UserError
 from cli.flags import flag
+from gpt.compiled import compile_decoding
 from gpt.decoding import lay_out_for_decoding
 from gpt.model import GPT
 from gpt.tokenizer import Tokenizer
@@ -41,6 +42,9 @@ class SampleFlags:
     precision: Literal["auto", "bf16", "fp16", "fp32"] = flag(
         "auto", "format of the weights; auto: bf16 where the GPU has it, fp16 on older GPUs, fp32 elsewhere"
     )
+    compile: bool = flag(
+        False, "decode by one compiled graph, on a GPU a CUDA graph: its first token takes up to a minute"
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -49,6 +53,8 @@ def main(argv: list[str] | None = None) -> int:
     prompts = list(args.prompt) or read_prompts()
     model, tokenizer = load_model(args.run, device=args.device, step=args.step, precision=args.precision)
     lay_out_for_decoding(model)
+    if args.compile:
+        compile_decoding(model)
     for prompt in prompts:
         if len(prompts) > 1:
             print(f"> {prompt}")

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 from cli import flags
 from cli.errors import UserError
 from cli.flags import flag
+from gpt.compiled import compile_decoding
 from gpt.decoding import lay_out_for_decoding
 from gpt.errors import GPTError
 from gpt.model import GPT
@@ -62,6 +63,9 @@ class ServeFlags:
     max_tokens: int = flag(256, "longest answer to a request that names none")
     step: int | None = flag(None, "checkpoint of this step instead of the newest")
     device: str = flag("auto", "cuda, mps, cpu, or auto")
+    compile: bool = flag(
+        False, "decode by one compiled graph, on a GPU a CUDA graph: its first token takes up to a minute"
+    )
 
 
 class Server:
@@ -297,6 +301,8 @@ def main(argv: list[str] | None = None) -> int:
     with listening:
         model, tokenizer = load_model(args.run, device=args.device, step=args.step)
         lay_out_for_decoding(model)
+        if args.compile:
+            compile_decoding(model)
         server = Server(model, tokenizer, args)
         shown = f"[{args.host}]" if ":" in args.host else args.host
         print(

@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gpt.cache import KVCache
 from gpt.errors import GPTError
 from gpt.model import GPT, GPTConfig
 from gpt.sample import (
-    KVCache,
     context_start,
     decode_one_token,
     generate,
