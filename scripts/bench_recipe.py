@@ -57,7 +57,9 @@ class RecipeFlags:
     block_size: int = flag(128, "context length in tokens")
     batch: int = flag(16, "sequences per step")
     share: float = flag(0.4, "of those tokens for the modern recipe")
-    lrs: tuple[str, ...] = flag(("1.5e-3", "3e-3", "6e-3"), "peak learning rates, of which GPT-2 gets its best")
+    lrs: tuple[str, ...] = flag(
+        ("7.5e-4", "1.5e-3", "3e-3", "6e-3"), "peak learning rates, of which GPT-2 gets its best"
+    )
     muon_lr: float = flag(3e-3, "peak learning rate of every trial with Muon, which is not tuned")
     seeds: int = flag(3, "seeds of the comparison; learning rates and ingredients are compared at the first one")
     eval_tokens: int = flag(32768, "tokens of the last validation; those along the curve take an eighth of them")

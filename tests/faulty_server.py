@@ -95,7 +95,11 @@ class FaultyServer:
         if request.path == "/faults":  # of the server as a process of its own
             self.fault_rate = float(request.query["rate"])
             return web.Response()
-        kind, name, body = await self.kind_of(request, await request.read())
+        try:
+            sent = await request.read()
+        except ConnectionResetError:  # whoever asks was killed in the middle of it
+            return web.Response()
+        kind, name, body = await self.kind_of(request, sent)
         self.seen.append((kind, name))
         if kind in UPLOADS:
             await self._pass(len(body))
