@@ -27,6 +27,7 @@ try:
     TTL_S = float(os.environ["PERENNIAL_LEASE_S"])
 except (KeyError, ValueError):
     TTL_S = 60.0
+LONG_AGO_S = 6 * 3600.0  # no clock is as wrong as that
 
 
 class Fenced(StoreError):
@@ -60,9 +61,9 @@ class Lease:
         """Become the one writer of the folder `url`. Raises StoreError while another one is alive.
 
         `lock` names the local lock that the caller holds (`store.lock.hold`): a predecessor that held the same one is
-        dead, and is followed at once. So is one that released, and one whose stamp is older than four TTLs: a clock that
-        is wrong by that much can at worst fence a living writer. Any other is watched, on this machine's monotonic
-        clock, for one TTL: between looks `wait(seconds, its record)` is called, which sleeps, may tell, and may raise.
+        dead, and is followed at once. So is one that released, and one whose stamp is six hours old. Any other is watched, on
+        this machine's monotonic clock, for one TTL; where its stamp is older than four, which a wrong clock's can be too, for
+        somewhat longer than a beat. Between looks `wait(seconds, its record)` is called, which sleeps, may tell, and may raise.
         `info` goes into the record. Epochs begin after `above`, for a run whose leases were deleted.
         """
         while True:
@@ -152,10 +153,10 @@ def _outlive(
 ) -> None:
     """Return when the holder of the epoch is dead or silent for a TTL. Raises StoreError when it gives a sign of life."""
     stamp = last.get("time")
-    stale = isinstance(stamp, int | float) and time.time() - stamp > 4 * TTL_S
-    if last.get("released") or (lock and last.get("lock") == lock) or stale:
+    age_s = time.time() - stamp if isinstance(stamp, int | float) else 0.0
+    if last.get("released") or (lock and last.get("lock") == lock) or age_s > LONG_AGO_S:
         return
-    silent_until = time.monotonic() + TTL_S
+    silent_until = time.monotonic() + (TTL_S if age_s <= 4 * TTL_S else 0.4 * TTL_S)  # a beat comes every 0.25
     while time.monotonic() < silent_until:
         wait(TTL_S / 20, last)
         now = _read(url, epoch)

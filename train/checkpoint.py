@@ -14,7 +14,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from store import drive, fs
+from store import drive, fs, retry
 from store.direct import DirectFile, open_direct
 from store.errors import DataError, NotFound, StoreError
 from store.shards import default_cache
@@ -178,15 +178,15 @@ class _HashingFile:
 
 def _write_part(path: Path, write: Callable[[_HashingFile], object]) -> dict[str, Any]:
     """One part, which appears only when whole; its size and sha256."""
-    try:
+
+    def work() -> dict[str, Any]:
         with fs.staged(path) as staged:
             with open_direct(staged) as f:
                 hashing = _HashingFile(f)
                 write(hashing)
-            part = {"bytes": hashing.n_bytes, "sha256": hashing.sha256.hexdigest()}
-    except OSError as e:
-        raise StoreError(f"{path.parent}: cannot write {path.name}: {e.strerror or e}") from e
-    return part
+            return {"bytes": hashing.n_bytes, "sha256": hashing.sha256.hexdigest()}
+
+    return retry.attempt(str(path), "write", work)
 
 
 def _check_room(out: Path, n_bytes: int) -> None:
@@ -222,18 +222,24 @@ def retain(out: str, keep: int, *, spare: str | None = None) -> None:
 # ---- loading --------------------------------------------------------------------------------------------------------
 
 
-def load_newest(places: Iterable[str], warn: Callable[[str], None], *, also: Iterable[str] = ()) -> Checkpoint | None:
+def load_newest(
+    places: Iterable[str], warn: Callable[[str], None], *, also: Iterable[str] = (), promised: Mapping[str, Collection[str]] = {},
+) -> Checkpoint | None:  # fmt: skip
     """The newest step in any of the `places` whose every byte proves right; the first place is asked first.
 
     Damaged ones are reported and set aside under quarantine/. `also` names step folders that a listing may not show yet.
-    None when no step was ever committed. Raises DataError when steps exist and none is sound: never a silent restart.
+    `promised` has those, by place, that were reported as saved: without a manifest they are damaged too.
+    None when no step was ever committed. Raises DataError when steps existed and none is sound: never a silent restart.
     """
     places, damaged = tuple(places), 0
     found = {(place, name) for place in places for name in (*step_names(place), *filter(STEP_NAME.fullmatch, also))}
     for place, name in sorted(found, key=lambda f: (age(f[1]), -places.index(f[0])), reverse=True):
-        if not fs.exists(fs.join(place, name, MANIFEST)):
-            continue  # a save that was killed: it was never promised
+        there = fs.exists(fs.join(place, name, MANIFEST))
+        if not there and not (name in promised.get(place, ()) and _has_parts(fs.join(place, name))):
+            continue  # a save that was killed before it was promised, or one that was deleted
         try:
+            if not there:
+                raise DataError(f"{MANIFEST} is missing")
             manifest = read_manifest(place, name)
             if manifest is None:
                 raise DataError(f"{MANIFEST} is not whole")
@@ -248,7 +254,14 @@ def load_newest(places: Iterable[str], warn: Callable[[str], None], *, also: Ite
     if damaged or any(STEP_NAME.match(e.name) for p in places for e in fs.list_folder(fs.join(p, "quarantine"))):
         raise DataError(f"{fs.redact(places[-1])}: every checkpoint is damaged and set aside under quarantine/: "
                         "restore one, or start again with another --out")  # fmt: skip
+    if lost := {name for names in promised.values() for name in names}:
+        raise DataError(f"{fs.redact(places[-1])}: no checkpoint is left, though {max(lost, key=age)} was reported as saved: "
+                        "restore it, or start again with another --out")  # fmt: skip
     return None
+
+
+def _has_parts(folder: str) -> bool:
+    return any(fs.exists(fs.join(folder, name)) for name in PARTS)
 
 
 def load(out: str, manifest: Manifest, parts: tuple[str, ...] = PARTS) -> Checkpoint:

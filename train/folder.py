@@ -101,12 +101,18 @@ class RunFolder:
                     return True
             except (ValueError, KeyError, TypeError) as e:
                 if any(checkpoint.STEP_NAME.fullmatch(n) for n in names):
-                    self.run_id = secrets.token_hex(4)  # the file is damaged, the checkpoints can still be sound
+                    self._ask_checkpoints()  # the file is damaged, they can still be sound
                     return True
                 raise UserError(f"{where}: config.json is unreadable ({e}): give another --out, or delete it") from e
         if any(checkpoint.STEP_NAME.fullmatch(n) for n in names):
-            return True  # config.json is gone, the checkpoints hold its settings too
+            self._ask_checkpoints()  # config.json is gone: they hold its settings too
+            return True
         raise UserError(f"{where}: holds something that is not a run ({names[0]} …): give another --out")
+
+    def _ask_checkpoints(self) -> None:
+        """Who this run is, where config.json does not tell."""
+        manifests, here = checkpoint.committed(self.url), self._local_identity()
+        self.run_id = manifests[-1].run_id if manifests else here[0] if here else ""
 
     def hold(self) -> None:
         """Become the one process that writes here, on this machine by a lock, among all machines by a lease.
@@ -124,7 +130,10 @@ class RunFolder:
                               f"end: waiting for a sign of life, {TTL_S:g} seconds at most")  # fmt: skip
                 time.sleep(seconds)
 
-            self.lease = Lease.claim(self.url, key, {}, wait, above=self.attempt)
+            # a later attempt is newer whatever its step: also where config.json and the leases did not come along
+            found = (n for place in {str(self.local), self.url} for n in checkpoint.step_names(place))
+            above = max(self.attempt, *(checkpoint.age(name)[0] for name in found), 0)
+            self.lease = Lease.claim(self.url, key, {}, wait, above=above)
 
     def release(self) -> None:
         """Let the next trainer begin at once; nothing is left of a start that was refused. Safe to call at any time."""
@@ -149,13 +158,39 @@ class RunFolder:
         """Where this run's checkpoints are, the nearest first."""
         return [str(self.local), self.url] if self.two_tiers and self._local_is_current() else [self.url]
 
+    def promised(self) -> dict[str, set[str]]:
+        """The step folders that were reported as saved, by place: one that is there without its manifest has lost it."""
+        names = {}
+        for place in self.places():
+            tier = "remote" if self.two_tiers and place == self.url else "local"
+            try:
+                lines = parse_lines(fs.read_bytes(fs.join(place, "events.jsonl")))
+            except NotFound:
+                lines = []
+            names[place] = {
+                checkpoint.step_name(e["step"], e["attempt"])
+                for e in lines
+                if e.get("event") == "saved" and e.get("tier") == tier
+                and isinstance(e.get("step"), int) and isinstance(e.get("attempt"), int)
+            }  # fmt: skip
+        names[self.url] |= set(self.saved_last())
+        return names
+
     def _local_is_current(self) -> bool:
-        """True when this machine was the last to write to the run: nobody went on with it elsewhere since."""
+        """True when this machine's tier is of this run, and no other machine has saved in the run since."""
+        mine = self._local_identity()
+        if mine is None or mine[0] != self.run_id:
+            return False
+        later = {n for n in (*checkpoint.step_names(self.url), *self.saved_last()) if checkpoint.age(n)[0] > mine[1]}
+        return not any(checkpoint.read_manifest(self.url, name) for name in later)
+
+    def _local_identity(self) -> tuple[str, int] | None:
+        """(run_id, attempt) of what the local tier holds."""
         try:
             data = _identity(str(self.local))
-            return data is not None and data["run_id"] == self.run_id and int(data["attempt"]) >= self.attempt
+            return None if data is None else (str(data["run_id"]), int(data["attempt"]))
         except (NotFound, ValueError, KeyError, TypeError, DataError):
-            return False
+            return None
 
     def open(
         self, config: dict[str, Any], tokenizer_json: str, *, step: int, val_due: bool = False, **about: Any
@@ -164,11 +199,18 @@ class RunFolder:
 
         With `val_due` the validation after it is still to come. `about` is noted with the start.
         """
+        fresh = self.lease is None
         self.hold()
+        if fresh and self.is_a_run(resume=True):  # looked at before the data was, which can take long
+            raise UserError(
+                f"{fs.redact(self.url)}: another trainer has begun a run there meanwhile: run the same command again"
+            )
         logged_s = None
         if self.two_tiers and not self._local_is_current():
             self._begin_local_tier()
-        elif (self.local / "metrics.jsonl").exists():
+        elif self.two_tiers:
+            self._catch_up()
+        if (self.local / "metrics.jsonl").exists():
             logged_s = (self.local / "metrics.jsonl").stat().st_mtime
         self.run_id = self.run_id or secrets.token_hex(4)
         fs.delete_leftovers(str(self.local))
@@ -196,11 +238,22 @@ class RunFolder:
         self.event("start", step=step, host=platform.node(), **about)
 
     def _begin_local_tier(self) -> None:
-        """Empty the local tier of what another run left, or of what is history since another machine went on."""
+        """Empty the local tier of what is history since another machine went on. What another run left is set aside."""
+        mine, aside = self._local_identity(), self.local.with_name(f"{self.local.name}.aside")
+        other = (mine is None or mine[0] != self.run_id) and checkpoint.committed(str(self.local))
+        if other:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+            self.warn(f"{fs.redact(self.url)} holds another run than this machine's copy of it, or none: that copy, up to "
+                      f"{other[-1].name}, is set aside as {aside}")  # fmt: skip
         for path in self.local.iterdir():
-            if path.is_dir():
+            if path.name == LOCK:
+                continue
+            if other:
+                os.rename(path, aside / path.name)
+            elif path.is_dir():
                 shutil.rmtree(path)
-            elif path.name != LOCK:
+            else:
                 path.unlink()
         for name in KEPT:
             try:
@@ -208,10 +261,34 @@ class RunFolder:
             except NotFound:
                 continue
 
+    def _catch_up(self) -> None:
+        """Take into the ledger what starts on other machines wrote, which saved nothing: this tier goes on, not theirs."""
+        try:
+            theirs = parse_lines(fs.read_bytes(fs.join(self.url, "events.jsonl")))
+        except NotFound:
+            return
+        mine = read_lines(self.local / "events.jsonl")
+        newest = max((e["attempt"] for e in mine if isinstance(e.get("attempt"), int)), default=0)
+        new = [e for e in theirs if isinstance(e.get("attempt"), int) and e["attempt"] > newest]
+        if new:
+            self._append("events.jsonl", new)
+
     def metrics(self, lines: list[dict[str, Any]]) -> None:
         """Append lines to metrics.jsonl; they reach the kernel at once, so a killed process loses none."""
         self._append("metrics.jsonl", lines)
         self._tell("metrics", lines)
+
+    def settle(self) -> None:
+        """Every line of metrics.jsonl so far is on the disk, before a checkpoint says that its steps are done. Raises StoreError."""
+        self._append("metrics.jsonl", [])  # what could not be written before
+        path = self.local / "metrics.jsonl"
+        try:
+            if self.unwritten.get(path.name):
+                raise StoreError(f"{path}: cannot be written now")
+            with open(path, "r+b") as f:
+                os.fsync(f.fileno())
+        except OSError as e:
+            raise StoreError(f"{path}: cannot be written to the disk: {e.strerror or e}") from e
 
     def event(self, event: str, **fields: Any) -> None:
         """Append one line to events.jsonl: what happened, when, in which attempt. Any thread may."""
@@ -266,6 +343,7 @@ class RunFolder:
         """Bring logs and samples that are new to `url`, where that is elsewhere. Raises StoreError. For one thread."""
         if not self.two_tiers:
             return
+        self.fence()  # a trainer that was overtaken must not put its log in the place of its successor's
         found = (p for pattern in ("samples/*.txt", "tensorboard/*") for p in self.local.glob(pattern))
         for name in (*KEPT, *sorted(str(p.relative_to(self.local)) for p in found)):
             with self.writing:
@@ -311,11 +389,16 @@ def _identity(place: str) -> dict[str, Any] | None:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSONL file; a last line cut off by a kill is left out. Empty when there is no file."""
+    return parse_lines(path.read_bytes()) if path.exists() else []
+
+
+def parse_lines(data: bytes) -> list[dict[str, Any]]:
+    """The objects among the lines of a JSONL file."""
     lines = []
-    for line in path.read_text("utf-8", errors="replace").splitlines() if path.exists() else []:
+    for line in data.decode("utf-8", errors="replace").splitlines():
         try:
             value = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(value, dict):
             lines.append(value)

@@ -161,6 +161,7 @@ def start(
     if ranks.first:
         loggers.attach(config, folder, state.step)
     saver = Saver(config, folder, machine, step=state.step) if ranks.first else BystandingSaver()
+    saver.guard(state.optimizer)
     if found:
         saver.resumed(found.manifest, found.place)
         del found  # a second copy of weights and moments is not wanted while training
@@ -199,7 +200,9 @@ def newest_checkpoint(
     found = None
     if ranks.first and folder.is_a_run(resume=resume):
         folder.hold()  # before looking: what a living trainer is just deleting would seem damaged
-        found = checkpoint.load_newest(folder.places(), folder.warn, also=folder.saved_last())
+        found = checkpoint.load_newest(
+            folder.places(), folder.warn, also=folder.saved_last(), promised=folder.promised()
+        )
     folder.stored_config = ranks.tell(folder.stored_config)
     told = ranks.tell((dataclasses.asdict(found.manifest), found.state) if found else None)
     return found or (checkpoint.Checkpoint(checkpoint.Manifest(**told[0]), folder.url, {}, told[1]) if told else None)
@@ -347,9 +350,14 @@ def leave(
 ) -> int:  # fmt: skip
     """Told to stop: the state is committed if the grace lasts, first on this machine, then where the run lives."""
     if ranks.tell(step > saver.begun_step or saver.error is not None):
-        in_time = saver.wait(stop.seconds_left() - saver.write_s) and stop.seconds_left() >= saver.write_s
-        if ranks.tell(in_time):
+        end_s, pause_s = time.monotonic() + stop.seconds_left(), 1.0
+        while ranks.tell(saver.wait(stop.seconds_left() - saver.write_s) and stop.seconds_left() >= saver.write_s):
             save(last=True)
+            saver.wait(stop.seconds_left())
+            if not ranks.tell(saver.failed and time.monotonic() + pause_s + saver.write_s < end_s):
+                break
+            time.sleep(pause_s)
+            pause_s *= 2
         else:
             folder.warn(f"no time left to save step {step}: {saver.newest()} is what is saved")
     elif not saver.wait(stop.seconds_left()):

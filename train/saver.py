@@ -18,8 +18,12 @@ from train.config import AUTO, TrainConfig
 from train.folder import RunFolder
 from train.guard import first_nonfinite
 from train.mirror import Mirror
+from train.optim import Optimizer
 from train.parallel import whole
 from train.precision import Machine
+
+LOCAL_KEEP = 2  # in the local tier: the newest, and one that is not as far back as --out's should it be damaged
+AGAIN_S = 20.0  # after a save that failed, the next try
 
 
 class Unsaved(StoreError):
@@ -33,6 +37,18 @@ class Snapshot:
         self.machine = machine
         self.buffers: dict[str, dict[str, Tensor]] = {}  # by part and name: views of the block
         self.copied: torch.cuda.Event | None = None
+        self.aside = torch.cuda.Stream(machine.device) if machine.device.type == "cuda" else None
+
+    def guard(self, optimizer: Optimizer) -> None:
+        """Have its steps wait for copies under way. Forward and backward passes change nothing that is copied: they need not."""
+
+        def wait_for_copies(*_: object) -> None:
+            if self.copied is not None:
+                torch.cuda.current_stream().wait_event(self.copied)
+
+        if self.aside is not None:
+            for part in getattr(optimizer, "parts", (optimizer,)):
+                part.register_step_pre_hook(wait_for_copies)
 
     def take(self, parts: dict[str, dict[str, Tensor]], *, last: bool = False) -> dict[str, dict[str, Tensor]]:
         """Copies of all tensors, by part and name, on the CPU; `wait` before reading them.
@@ -45,12 +61,19 @@ class Snapshot:
         on_gpu = self.machine.device.type == "cuda"
         if {p: t.keys() for p, t in parts.items()} != {p: t.keys() for p, t in self.buffers.items()}:
             self._allocate(parts, on_gpu)
-        for part, tensors in parts.items():
-            for name, t in tensors.items():
-                self.buffers[part][name].copy_(whole(t.detach()), non_blocking=on_gpu)
-        if on_gpu:  # the next step's kernels queue behind these copies: the host need not wait for either
-            self.copied = torch.cuda.Event()
-            self.copied.record()
+        if self.aside is not None:
+            self.aside.wait_stream(torch.cuda.current_stream())  # the step that is to be copied
+        with torch.cuda.stream(self.aside):  # None: as if it were not there
+            for part, tensors in parts.items():
+                for name, t in tensors.items():
+                    source = whole(t.detach())
+                    self.buffers[part][name].copy_(source, non_blocking=on_gpu)
+                    if source.is_cuda:
+                        source.record_stream(
+                            self.aside
+                        )  # what was gathered from shards is freed here: not before it is read
+        if self.aside is not None:
+            self.copied = self.aside.record_event()
         return self.buffers
 
     def _allocate(self, parts: dict[str, dict[str, Tensor]], on_gpu: bool) -> None:
@@ -75,7 +98,7 @@ class Snapshot:
 class BystandingSaver:
     """The Saver of every rank but the first: it gives its shards, and waits for nothing."""
 
-    begun_step, error, write_s = 0, None, 0.0
+    begun_step, error, write_s, failed = 0, None, 0.0, False
 
     def begin(
         self, step: int, parts: dict[str, dict[str, Tensor]], state: dict[str, Any], *, last: bool = False
@@ -104,7 +127,7 @@ class BystandingSaver:
     def nothing(self, *arguments: object) -> None:
         """What rank 0 alone has to do."""
 
-    resumed = put_off = check = finish = nothing
+    resumed = put_off = check = finish = guard = nothing
 
 
 def _padded(t: Tensor) -> int:
@@ -126,6 +149,15 @@ class Saver:
         self.error: BaseException | None = None  # of the newest save; None once one is committed
         self.mirror = Mirror(folder, keep=config.keep) if folder.two_tiers else None
 
+    def guard(self, optimizer: Optimizer) -> None:
+        """To be called once, with what changes the state that is saved."""
+        self.snapshot.guard(optimizer)
+
+    @property
+    def failed(self) -> bool:
+        """The newest save failed for a reason that may pass."""
+        return isinstance(self.error, StoreError) and not isinstance(self.error, Fenced)
+
     def resumed(self, manifest: Manifest, place: str) -> None:
         """The run goes on from this checkpoint: where only the local tier has it, it still has to travel."""
         if self.mirror and place == str(self.folder.local):
@@ -143,6 +175,7 @@ class Saver:
         every, since_s = self.config.save_every, time.monotonic() - self.begun_s
         due = (
             self.late
+            or (self.failed and since_s >= AGAIN_S)
             or (since_s >= self.interval_s() if every == AUTO else every > 0 and step % every == 0)
             or (self.config.save_every_minutes > 0 and since_s >= 60 * self.config.save_every_minutes)
         )
@@ -183,7 +216,7 @@ class Saver:
             self._commit(step, tensors, state)
         except BaseException as e:  # for `check` to raise in the loop: it must not die with the thread
             self.error = e
-            if isinstance(e, StoreError) and not isinstance(e, Fenced):
+            if self.failed:
                 self.folder.warn(f"checkpoint at step {step} failed, training goes on: {e}")
                 self.folder.event("save_failed", step=step, tier="local", error=str(e))
 
@@ -196,7 +229,7 @@ class Saver:
         manifest = checkpoint.save(
             self.folder.local, step=step, run_id=self.folder.run_id, attempt=self.folder.attempt,
             val_loss=state["val_loss"], tensors=tensors, state=state,
-            fence=(lambda: None) if self.mirror else self.folder.fence,
+            fence=self._before_commit,
         )  # fmt: skip
         self.write_s = time.monotonic() - start_s
         if not self.mirror:
@@ -211,16 +244,21 @@ class Saver:
         try:
             if self.mirror:
                 self.mirror.offer(manifest)
-                checkpoint.retain(str(self.folder.local), 1, spare=self.mirror.spare())
+                checkpoint.retain(str(self.folder.local), LOCAL_KEEP, spare=self.mirror.spare())
             else:
                 checkpoint.retain(str(self.folder.local), self.config.keep)
         except StoreError as e:  # the new step is committed: old ones that stay too long hurt nobody
             self.folder.warn(f"old checkpoints could not be removed: {e}")
 
+    def _before_commit(self) -> None:
+        self.folder.settle()
+        if not self.mirror:
+            self.folder.fence()
+
     def check(self) -> None:
         """Between two steps: raises Fenced, Unsaved once saving has failed for too long, or what broke the thread."""
         mirror_error = self.mirror.error if self.mirror else None
-        for error in (self.error, mirror_error):
+        for error in (self.error, mirror_error, self.folder.lease.fenced):
             if isinstance(error, Fenced) or (error is not None and not isinstance(error, StoreError)):
                 raise error
         limit_s = 60 * self.config.max_unsaved_minutes
