@@ -48,7 +48,6 @@ SMALL = (
 SAVING = "--save-every 25 --save-every-minutes 0 --keep 3"
 FORGIVEN = (
     0,
-    2,
     STOPPED,
     UNSAVED,
     -signal.SIGKILL,
@@ -128,6 +127,7 @@ class Soak:
     server: "Bucket | None"
     process: "subprocess.Popen | Forked | None" = None
     starts: int = 0
+    filled: bool = False  # the disk was full since the last start
     attempt: int = 0  # the newest that was seen
     promised: dict[tuple[str, str], int] = field(default_factory=dict)  # (tier, step folder) reported as saved -> step
     done: Counter = field(default_factory=Counter)
@@ -159,7 +159,7 @@ class Soak:
 
     def start(self) -> None:
         """Run the command, its output at the end of a log."""
-        self.starts += 1
+        self.starts, self.filled = self.starts + 1, False
         with open(self.folder / "log.txt", "a") as log:
             log.write(f"\n---- start {self.starts}\n")
             log.flush()
@@ -173,7 +173,7 @@ class Soak:
         if number is not None:
             self.process.send_signal(number)
         code = self.process.wait(120)
-        if code not in FORGIVEN:
+        if code not in FORGIVEN and not (code == 2 and self.filled):  # a start that met a full disk says so and ends
             raise Broken(f"exit code {code}: see {self.folder / 'log.txt'}")
         return code
 
@@ -233,13 +233,13 @@ def second_trainer(soak: Soak) -> None:
         raise Broken(f"a second trainer ended with {second.returncode}: {second.stderr[-500:]}")
 
 
-def damage(soak: Soak) -> None:
-    """Killed, and a file of the newest checkpoint here is not what it was."""
+def damage(soak: Soak) -> bool:
+    """Killed, and a file of the newest checkpoint here is not what it was. False where that would leave no good one."""
     kill(soak)
     shutil.rmtree(soak.tier() / "quarantine", ignore_errors=True)  # what was damaged before has been looked at
     steps = [s for s in soak.steps() if (s / checkpoint.MANIFEST).exists()]
     if len(steps) < 2 and not any(tier == "remote" and step for (tier, _), step in soak.promised.items()):
-        return  # a good one must remain, here or in the bucket
+        return False  # a good one must remain, here or in the bucket
     for step in steps[-1:]:
         path = step / soak.rng.choice((*checkpoint.PARTS, checkpoint.MANIFEST))
         raw = bytearray(path.read_bytes())
@@ -251,6 +251,7 @@ def damage(soak: Soak) -> None:
             path.unlink()
         else:
             path.write_bytes(changed[how])
+    return bool(steps)
 
 
 def replaced_machine(soak: Soak) -> None:
@@ -263,6 +264,7 @@ def replaced_machine(soak: Soak) -> None:
 
 def full_disk(soak: Soak) -> None:
     """No space on the disk of the run for some seconds."""
+    soak.filled = True
     free = shutil.disk_usage(soak.folder / "disk").free
     filler = soak.folder / "disk" / "filler"
     with open(filler, "wb") as f, contextlib.suppress(OSError):  # the run was quicker, and has filled it itself
@@ -393,7 +395,7 @@ def outcome(out: str, logs: Path) -> dict[str, object]:
     return {"step": newest.step, **hashes, "metrics": read_lines(logs / "metrics.jsonl")}
 
 
-def endure(soak: Soak, misfortunes: list[Callable[[Soak], None]]) -> None:
+def endure(soak: Soak, misfortunes: list[Callable[[Soak], bool | None]]) -> None:
     """One misfortune after another until the time is over, then peace until the run has ended."""
     end_s = time.monotonic() + 60 * soak.args.minutes
     soak.start()
@@ -406,8 +408,8 @@ def endure(soak: Soak, misfortunes: list[Callable[[Soak], None]]) -> None:
                 f"{duration(end_s - time.monotonic()):>8} left  step {soak.trained():>6}  {misfortune.__name__}",
                 flush=True,
             )
-            misfortune(soak)
-            soak.done[misfortune.__name__] += 1
+            happened = misfortune(soak) is not False
+            soak.done[misfortune.__name__ if happened else "kill"] += 1
         if soak.process.poll() is not None:
             code = soak.end()
             if code == 0:
@@ -415,8 +417,11 @@ def endure(soak: Soak, misfortunes: list[Callable[[Soak], None]]) -> None:
             promised = newest_promised(soak)
             soak.start()
             check_start(soak, promised)
-    while soak.end() != 0:
+    for _ in range(20):  # what is under way when peace begins can still cost a start or two
+        if soak.end() == 0:
+            return
         soak.start()
+    raise Broken(f"left in peace it does not end: see {soak.folder / 'log.txt'}")
 
 
 def newest_promised(soak: Soak) -> int:
@@ -444,6 +449,8 @@ def check_start(soak: Soak, promised: int) -> None:
                 raise Broken(f"went on from step {starts[-1]['step']}, {promised} had been reported as saved")
             return
         time.sleep(0.05)
+    if soak.process.poll() is None:
+        raise Broken("a start has not begun to train within two minutes")
 
 
 def compare(quiet: dict[str, object], found: dict[str, object]) -> None:

@@ -98,6 +98,21 @@ def test_a_fault_at_any_call(disk, way, number):
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_save_into_a_disk_that_is_full_at_any_byte(disk, number):
+    """No part of it stays, the step before does, and when there is room again it is saved."""
+    before = save(disk.out, 10)
+    kept = on(disk)
+    for room in (0, 1, 63, 64, 65, *range(100, before.n_bytes, before.n_bytes // 12), before.n_bytes):
+        disk.fill(room, number)
+        with pytest.raises(StoreError, match="no space left"):
+            save(disk.out, 20)
+        disk.mend()
+        assert on(disk) == kept, room
+        assert checkpoint.load_newest([str(disk.out)], print).manifest == before
+    assert save(disk.out, 30).step == 30
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 @pytest.mark.parametrize("way", ["bytes", "file", "create"])
 def test_full_at_any_byte(disk, way, number):
     """The disk or the quota is full after k bytes: one line that says so, the old bytes, no leftovers; then it works."""

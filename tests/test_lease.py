@@ -112,13 +112,14 @@ def test_who_held_the_same_lock_is_dead(out, claim):
     assert time.monotonic() - started_s < TTL_S / 2
 
 
-def test_a_stamp_of_long_ago_is_followed_at_once(out, claim):
+@pytest.mark.parametrize(("age_s", "waits"), [(5 * TTL_S, (0.4, 1.2)), (lease.LONG_AGO_S + 60, (0, 0.3))])
+def test_an_old_stamp_is_watched_for_a_beat_one_of_long_ago_not_at_all(out, claim, age_s, waits):
     silence(claim(out))
-    record = {**stored(out, 1), "time": time.time() - 5 * TTL_S}
+    record = {**stored(out, 1), "time": time.time() - age_s}
     fs.put_bytes(fs.join(out, "leases", "00000001.json"), json.dumps(record).encode())
     started_s = time.monotonic()
     assert claim(out).epoch == 2
-    assert time.monotonic() - started_s < TTL_S / 2
+    assert waits[0] * TTL_S <= time.monotonic() - started_s < waits[1] * TTL_S + 0.3
 
 
 @pytest.mark.parametrize("out", ["local", "gs"], indirect=True)

@@ -1,8 +1,9 @@
 """Object stores over HTTP that fail in every way they are known to: what is stored is whole, and in the end it is right.
 
-GCS and S3 by our own servers; S3 by moto's too, behind a proxy, where `moto_server` is on the PATH (docs/storage.md).
+GCS and S3 by our own servers; S3 by moto too, behind a proxy (docs/storage.md).
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -71,10 +72,13 @@ def server(request, monkeypatch):
     return server
 
 
-@pytest.fixture
-def moto(monkeypatch):
-    """moto's own S3 server, a proxy with faults before it, and a bucket in it."""
-    s3fs = pytest.importorskip("s3fs")
+def ask(url: str, method: str) -> None:
+    urllib.request.urlopen(urllib.request.Request(url, method=method), timeout=10).close()
+
+
+@pytest.fixture(scope="module")
+def moto_url():
+    """moto's own S3 server, which takes seconds to start."""
     program = shutil.which("moto_server")
     if program is None:
         pytest.skip("moto_server is not on the PATH")
@@ -82,25 +86,33 @@ def moto(monkeypatch):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     process = subprocess.Popen([program, "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    upstream = f"http://127.0.0.1:{port}"
+    url, until_s = f"http://127.0.0.1:{port}", time.monotonic() + 60
     try:
-        for _ in range(100):
-            try:
-                urllib.request.urlopen(urllib.request.Request(f"{upstream}/bucket", method="PUT")).close()
+        while time.monotonic() < until_s:
+            with contextlib.suppress(OSError):
+                ask(f"{url}/moto-api/reset", "POST")
                 break
-            except OSError:
-                time.sleep(0.1)
-        with S3Proxy(upstream=upstream) as server:
-            for name, value in server.env.items():
-                monkeypatch.setenv(name, value)
-            s3fs.S3FileSystem.clear_instance_cache()  # those know the other server's address
-            server.kind, server.part_bytes = "s3", 5 << 20  # the least that moto takes, as the real S3
-            monkeypatch.setattr(remote, "PART_BYTES", server.part_bytes)
-            yield server
-        s3fs.S3FileSystem.clear_instance_cache()
+            time.sleep(0.1)
+        yield url
     finally:
         process.kill()
         process.wait()
+
+
+@pytest.fixture
+def moto(moto_url, monkeypatch):
+    """That server, empty but for a bucket, and a proxy with faults before it."""
+    s3fs = pytest.importorskip("s3fs")
+    ask(f"{moto_url}/moto-api/reset", "POST")
+    ask(f"{moto_url}/bucket", "PUT")
+    with S3Proxy(upstream=moto_url) as server:
+        for name, value in server.env.items():
+            monkeypatch.setenv(name, value)
+        s3fs.S3FileSystem.clear_instance_cache()  # those know the other server's address
+        server.kind, server.part_bytes = "s3", 5 << 20  # the least that moto takes, as the real S3
+        monkeypatch.setattr(remote, "PART_BYTES", server.part_bytes)
+        yield server
+    s3fs.S3FileSystem.clear_instance_cache()
 
 
 def made(server, size: str) -> bytes:
