@@ -8,20 +8,26 @@ import shutil
 import subprocess
 import sys
 import threading
+from dataclasses import fields
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from packaging.requirements import Requirement
+from safetensors.torch import load_file
 
+from cli import flags
 from gpt.model import GPT
 from gpt.presets import preset
 from gpt.tokenizer import Tokenizer
 from scripts import sample
+from scripts.loading import load_model
 from store.shards import TokenShards
 from tests.helpers import ROOT, command, error_of, prepare, result, train
 from tests.limited import limit
 from tests.test_resume import SMALL, train_until_killed
+from train import checkpoint, rehearsal, run, saver
 from train.batches import Batches, WindowOrder
 from train.config import TrainConfig
 
@@ -57,10 +63,19 @@ def test_learning_rate_schedule_restarted_on_resume(data, run_folder, tmp_path, 
     assert lrs[0] == lrs[1]
 
 
-def test_the_loader_looks_for_a_file_name_that_the_saver_never_wrote(run_folder):
+def test_the_loader_looks_for_a_file_name_that_the_saver_never_wrote(data, run_folder, tmp_path, capfd):
+    """Both who read a checkpoint, a sampler and a resumed run, find every number that was trained."""
     newest = max(run_folder.glob("step-*"))
     named = json.loads((newest / "MANIFEST.json").read_text())["parts"]
     assert {f.name for f in newest.iterdir()} == {*named, "MANIFEST.json"}
+    loaded = load_model(str(run_folder), device="cpu")[0].state_dict()
+    saved = load_file(newest / "model.safetensors")
+    assert loaded.keys() == saved.keys()
+    assert all(torch.equal(loaded[name], saved[name]) for name in saved)
+    shutil.copytree(run_folder, tmp_path / "out")
+    assert train("--data", data, "--out", tmp_path / "out", "--resume", "--steps", 41) == 0
+    assert "goes on from step 40" in capfd.readouterr().out
+    assert checkpoint.committed(str(tmp_path / "out"))[-1].step == 41
 
 
 def test_a_checkpoint_corrupted_by_an_interruption(data, run_folder, tmp_path, capfd):
@@ -74,9 +89,26 @@ def test_a_checkpoint_corrupted_by_an_interruption(data, run_folder, tmp_path, c
     assert (out / "quarantine").is_dir()
 
 
-def test_checkpoints_only_every_two_or_three_epochs():
-    """Ten to fifteen GPU hours went with each disconnect."""
-    assert TrainConfig().save_every_minutes == 5
+def test_checkpoints_only_every_two_or_three_epochs(data, tmp_path, monkeypatch):
+    """Ten to fifteen GPU hours went with each disconnect. Told nothing, at most five minutes go: here a step takes two."""
+    now_s, rate = 0.0, run.rate
+
+    def two_minutes_later(*args):
+        nonlocal now_s
+        now_s += 120
+        return rate(*args)
+
+    monkeypatch.setattr(saver, "time", SimpleNamespace(monotonic=lambda: now_s))
+    monkeypatch.setattr(run, "rate", two_minutes_later)
+    by_default = SMALL[: SMALL.index("--save-every-minutes")]
+    train_until_killed(monkeypatch, 9, "--data", data, "--steps", 1000, *by_default, "--out", tmp_path / "out")
+    assert [c.step for c in checkpoint.committed(str(tmp_path / "out"))] == [3, 6]
+
+
+def test_checkpoints_as_often_as_asked_for(data, tmp_path, monkeypatch):
+    often = ("--save-every", 0, "--save-every-minutes", 1e-6)
+    train_until_killed(monkeypatch, 6, "--data", data, "--steps", 1000, *SMALL, *often, "--out", tmp_path / "out")
+    assert checkpoint.committed(str(tmp_path / "out"))[-1].step == 5
 
 
 # ---- the data path --------------------------------------------------------------------------------------------------
@@ -187,6 +219,57 @@ def test_out_of_memory_after_raising_the_batch(data, tmp_path, monkeypatch):
     limit(monkeypatch, (1, 4))
     assert train("--data", data, "--out", tmp_path / "out", "--steps", 4, *SMALL, "--batch", 16) == 0
     assert [m["step"] for m in result(tmp_path / "out")["metrics"] if "lr" in m] == [1, 2, 3, 4]
+
+
+def test_a_benchmark_that_did_not_resemble_the_run_and_a_fit_that_ran_out_of_memory(data, tmp_path, monkeypatch, capfd):
+    """It had no loader and no optimizer state. The rehearsal is the trainer with the run's own settings: here memory ends
+    in its third step, which one forward and backward pass, or a look at the sizes, would never have met."""
+    rehearsed = []
+
+    def with_little_memory(arguments, **options):
+        rehearsed.append(flags.parse(TrainConfig, arguments[2:], prog="run.py", description="")[0])
+        return subprocess.Popen(
+            [sys.executable, "-m", "tests.limited", "[[3, -1]]", *arguments[2:]], cwd=ROOT, **options
+        )
+
+    monkeypatch.setattr(rehearsal, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": with_little_memory}))
+    given = (
+        "--data",
+        data,
+        "--out",
+        tmp_path / "out",
+        "--steps",
+        1000,
+        "--optimizer",
+        "adamw",
+        "--dropout",
+        0.1,
+        *SMALL,
+    )
+    assert train(*given, "--dry-run") == 0
+    assert train(*given, "--preflight") == 2
+    told = capfd.readouterr().out
+    assert "run        3 steps of 8 x 32" in told
+    no_go = (
+        r"^no go      rehearsal: out of memory on cpu with micro-batch 1 .*give a smaller --model.* \(exit code 2\)$"
+    )
+    assert re.search(no_go, told, re.M)
+    assert not re.search(r"^go  ", told.split("rehearsal  3 steps")[1], re.M)
+    asked = flags.parse(TrainConfig, [*map(str, given)], prog="run.py", description="")[0]
+    differ = {f.name for f in fields(TrainConfig) if getattr(asked, f.name) != getattr(rehearsed[0], f.name)}
+    # how long, where, and what is shown and kept when: all else is the run's, and the learning rate's beginning with it
+    assert differ - {"lr", "warmup"} <= {
+        "out",
+        "resume",
+        "steps",
+        "log_every",
+        "eval_every",
+        "sample_every",
+        "log_to",
+        "display",
+    }
+    assert (rehearsed[0].lr, rehearsed[0].warmup) == (3e-3, 20)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_gpu_memory_still_held_after_running_out_of_it(data, tmp_path, monkeypatch):
