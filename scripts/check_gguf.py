@@ -44,13 +44,24 @@ class CheckFlags:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print one line a prompt, as chat and as plain text. Returns 1 where a text differs."""
+    """Print one line a prompt, as chat and as plain text, with the number of tokens that are the same.
+
+    Returns 1 where a text differs. Raises UserError where the model's block size does not hold --max-tokens of each.
+    """
     args, _ = flags.parse(CheckFlags, argv, prog="check_gguf.py", description=__doc__.split("\n")[0])
     try:
         import llama_cpp
     except ImportError as e:
         raise UserError("llama-cpp-python is not installed: pip install llama-cpp-python (builds it)") from e
     model, tokenizer = load_model(args.run, device="cpu", step=args.step)
+    cases = [
+        (chat, prompt, prompt_ids(tokenizer, prompt, chat))
+        for chat, prompt in itertools.product((True, False), PROMPTS)
+    ]
+    room = model.config.block_size - max(len(ids) for *_, ids in cases)
+    if not 1 <= args.max_tokens <= room:
+        raise UserError(f"--max-tokens {args.max_tokens}: the model's block size, {model.config.block_size}, holds at most "
+                        f"{max(room, 0)} after the longest prompt: name a run with a larger one, or compare fewer")  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.gguf"
         write_gguf(path, model, tokenizer, float_type=args.float_type)
@@ -58,26 +69,33 @@ def main(argv: list[str] | None = None) -> int:
             str(path), n_ctx=model.config.block_size, logits_all=True, verbose=False,
             type_k=GGML_F32, type_v=GGML_F32, flash_attn=False,
         )  # fmt: skip
-        same = [compare(llama, model, tokenizer, prompt, chat, args.max_tokens)
-                for chat, prompt in itertools.product((True, False), PROMPTS)]  # fmt: skip
+        same = [compare(llama, model, tokenizer, prompt, chat, ids, args.max_tokens) for chat, prompt, ids in cases]
         print(f"logits     {logit_difference(llama, model):.1e} apart at most, of {args.float_type}")
-    print(f"same text  {sum(same)} of {len(same)}, llama-cpp-python {llama_cpp.__version__}")
+    print(
+        f"same text  {sum(same)} of {len(same)}, {args.max_tokens} tokens each, llama-cpp-python {llama_cpp.__version__}"
+    )
     return 0 if all(same) else 1
 
 
-def compare(llama: Any, model: GPT, tokenizer: Tokenizer, prompt: str, chat: bool, max_tokens: int) -> bool:
-    """Whether both go on alike, from ids that each made of the text by itself."""
-    ids = (
+def prompt_ids(tokenizer: Tokenizer, prompt: str, chat: bool) -> list[int]:
+    """Ours, of a question in a conversation or of a plain text."""
+    return (
         tokenizer.render([("user", prompt)], reply=True) if chat else [tokenizer.end_of_text, *tokenizer.encode(prompt)]
     )
+
+
+def compare(
+    llama: Any, model: GPT, tokenizer: Tokenizer, prompt: str, chat: bool, ids: list[int], max_tokens: int
+) -> bool:  # fmt: skip
+    """Whether both go on alike for `max_tokens`, from ids that each made of the text by itself."""
     text = f"<|user|>{prompt}<|end|><|assistant|>" if chat else prompt
     theirs = llama.tokenize(text.encode(), add_bos=True, special=True)
-    room = min(max_tokens, model.config.block_size - len(ids))
-    ours = generate(model, [ids], max_tokens=room, temperature=0.0)[0]
+    ours = generate(model, [ids], max_tokens=max_tokens, temperature=0.0)[0]
     llama.reset()
-    said = list(itertools.islice(llama.generate(theirs, temp=0.0, top_k=1, repeat_penalty=1.0), room))
-    same = theirs == ids and said == ours
-    print(f"{'same' if same else 'DIFFERENT':<10} {prompt} -> {' '.join(tokenizer.decode(ours).split())[:60]}")
+    said = list(itertools.islice(llama.generate(theirs, temp=0.0, top_k=1, repeat_penalty=1.0), max_tokens))
+    same = theirs == ids and said == ours and len(ours) == max_tokens
+    verdict = f"same {len(ours)}" if same else "DIFFERENT"
+    print(f"{verdict:<10} {prompt} -> {' '.join(tokenizer.decode(ours).split())[:60]}")
     return same
 
 

@@ -83,3 +83,13 @@ def run_folder(data, tmp_path_factory):
     every = ("--eval-every", 6, "--eval-tokens", 512, "--save-every", 6, "--sample-every", 6)
     assert train("--data", data, "--steps", 12, *every, *small, "--out", out) == 0
     return out
+
+
+@pytest.fixture(scope="session")
+def roomy_run(data, tmp_path_factory):
+    """A finished run of 30 steps with room for a prompt and 64 tokens after it: only read it."""
+    out = tmp_path_factory.mktemp("roomy") / "out"
+    shape = ("--model", "tiny", "--n-embd", 32, "--n-head", 2, "--block-size", 128, "--batch", 8, "--device", "cpu")
+    quiet = ("--eval-tokens", 512, "--sample-every", 0, "--lr", 1e-2)
+    assert train("--data", data, "--steps", 30, *shape, *quiet, "--out", out) == 0
+    return out

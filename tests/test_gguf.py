@@ -1,15 +1,20 @@
 """A GGUF file holds exactly the model and its tokenizer; two independent readers compute what we do."""
 
 import importlib.util
+import itertools
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tokenizers import AddedToken, pre_tokenizers
 
 from gpt.model import GPTConfig
+from gpt.sample import generate
 from gpt.tokenizer import SPLIT_PATTERNS, Tokenizer, add_special_tokens, blank_tokenizer
 from scripts import check_gguf, export
+from scripts.loading import load_model
 from scripts.to_gguf import gguf_tensors, vocabulary, write_gguf
 from tests.helpers import error_of
 from tests.test_model import SHAPES, noisy
@@ -136,6 +141,58 @@ def test_the_modelfile_says_what_render_does(run_folder, tmp_path):
     assert "PARAMETER num_ctx 32" in text
 
 
+class Llama:
+    """What check_gguf.py asks of llama.cpp, answered by our own model; `wrong_at` is where it goes astray."""
+
+    run_folder, wrong_at = None, None
+
+    def __init__(self, path, **options):
+        self.model, self.tokenizer = load_model(str(self.run_folder), device="cpu")
+        self.special = Tokenizer(self.tokenizer.json_text).reference
+        self.special.encode_special_tokens = False
+
+    def tokenize(self, text, *, add_bos, special):
+        return [self.tokenizer.end_of_text, *self.special.encode(text.decode(), add_special_tokens=False).ids]
+
+    def generate(self, ids, **options):
+        for i in itertools.count():
+            [following] = generate(self.model, [ids], max_tokens=1, temperature=0.0)[0]
+            ids = [*ids, following]
+            yield following + 1 if i == self.wrong_at else following
+
+    def reset(self):
+        pass
+
+    def eval(self, ids):
+        self.scores = self.model(torch.tensor([ids]))[0].detach().numpy()
+
+
+def check(monkeypatch, run, wrong_at=None, flags=()):
+    fake = type("Fake", (Llama,), {"run_folder": run, "wrong_at": wrong_at})
+    monkeypatch.setitem(sys.modules, "llama_cpp", SimpleNamespace(Llama=fake, __version__="0"))
+    return check_gguf.main(["--run", str(run), *flags])
+
+
+def test_all_64_tokens_of_each_prompt_are_compared(roomy_run, monkeypatch, capsys):
+    assert check(monkeypatch, roomy_run) == 0
+    told = capsys.readouterr().out
+    assert told.count("same 64 ") == 2 * len(check_gguf.PROMPTS) == 20
+    assert "same text  20 of 20, 64 tokens each" in told
+    assert check(monkeypatch, roomy_run, wrong_at=63) == 1  # the very last
+    assert capsys.readouterr().out.count("DIFFERENT") == 20
+
+
+def test_a_model_without_room_for_the_comparison_is_refused(run_folder, monkeypatch):
+    message = error_of(check, monkeypatch, run_folder)
+    assert message.startswith("--max-tokens 64: the model's block size, 32, holds at most ")
+    assert "name a run with a larger one" in message
+    room = int(message.split("at most ")[1].split()[0])
+    assert check(monkeypatch, run_folder, flags=("--max-tokens", str(room))) == 0
+    assert "--max-tokens" in error_of(check, monkeypatch, run_folder, None, ("--max-tokens", str(room + 1)))
+
+
 @pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is built from its source")
-def test_llama_cpp_says_the_same(run_folder):
-    assert check_gguf.main(["--run", str(run_folder), "--max-tokens", "12"]) == 0
+def test_llama_cpp_says_the_same(roomy_run, capsys):
+    """Ten prompts, as chat and as text, 64 tokens after each."""
+    assert check_gguf.main(["--run", str(roomy_run)]) == 0
+    assert capsys.readouterr().out.count("same 64 ") == 20
