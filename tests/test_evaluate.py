@@ -3,7 +3,10 @@
 import hashlib
 import json
 import math
+import os
+import random
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -228,6 +231,50 @@ def test_what_cannot_be_scored_is_one_clear_line(run_folder, data, tmp_path):
     assert "was made with another tokenizer than the model's" in error("--data", changed)
 
 
-def test_lm_eval_gives_the_same_score(run_folder, items_file, monkeypatch):
+@torch.no_grad()
+def test_perplexity_of_a_real_text_equals_transformers(run_folder, tmp_path, capsys):
+    """The file named by PERENNIAL_WIKITEXT, such as WikiText-2's wiki.test.raw, cut in our tokens; windows that overlap.
+
+    The weights of both are those of a run, the losses transformers' own.
+    """
+    path = os.environ.get("PERENNIAL_WIKITEXT")
+    if not path:
+        pytest.skip("PERENNIAL_WIKITEXT names no file")
+    text = Path(path).read_bytes()[:20_000].decode("utf-8", "ignore")
+    (tmp_path / "text.txt").write_text(text, "utf-8", newline="")
+    model, tokenizer = load_model(str(run_folder), device="cpu")
+    length, stride = model.config.block_size - 1, 8  # transformers' loss reads the last id too
+    given = ("--run", run_folder, "--text", tmp_path / "text.txt", "--window", length, "--stride", stride)
+    ours = figures(capsys, *given)[str(tmp_path / "text.txt")]
+    ids = torch.tensor([tokenizer.end_of_text, *tokenizer.encode(text)])
+    theirs, nats, asked = reference(model), 0.0, 1
+    for begin in range(0, len(ids) - 1, stride):
+        row = ids[begin : begin + length + 1]
+        labels = row.clone()
+        labels[: asked - begin] = -100
+        if n := int((labels[1:] != -100).sum()):
+            nats += float(theirs(row[None], labels=labels[None]).loss) * n
+            asked += n
+    assert ours["tokens"] == asked - 1 == len(ids) - 1
+    assert ours["bytes"] == len(text.encode())
+    print(
+        f"{len(ids) - 1} tokens: perplexity {ours['perplexity']:.6f}, transformers' {math.exp(nats / (asked - 1)):.6f}"
+    )
+    assert ours["perplexity"] == pytest.approx(math.exp(nats / (asked - 1)), rel=1e-4)
+
+
+def test_lm_eval_gives_the_same_score(roomy_run, tmp_path, capsys):
+    """Of 200 items: those of the file that PERENNIAL_HELLASWAG names, or others of the same form."""
     pytest.importorskip("lm_eval")
-    assert check_hellaswag.main(["--run", str(run_folder), "--hellaswag", str(items_file), "--items", "3"]) == 0
+    path = os.environ.get("PERENNIAL_HELLASWAG")
+    if not path:
+        path, rng = tmp_path / "items.jsonl", random.Random(1)
+        words = TEXT.split()[:9]
+        items = [
+            {"ctx": " ".join(rng.choices(words, k=rng.randint(3, 20))), "label": rng.randrange(4),
+             "endings": [" ".join(rng.choices(words, k=rng.randint(1, 9))) for _ in range(4)]}
+            for _ in range(210)
+        ]  # fmt: skip
+        path.write_text("".join(json.dumps(item) + "\n" for item in items), "utf-8")
+    assert check_hellaswag.main(["--run", str(roomy_run), "--hellaswag", str(path)]) == 0
+    assert "\n200 items; " in capsys.readouterr().out
