@@ -1,9 +1,10 @@
 """Training learns what a textbook loop learns, and says in one line what a user got wrong."""
 
-import functools
+import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 from importlib.util import find_spec
 
@@ -13,8 +14,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from gpt.model import GPT
-from gpt.presets import preset
+from gpt.model import GPT, count_params
+from gpt.presets import PRESETS, preset
+from gpt.tokenizer import Tokenizer
+from scripts import sample
 from store.shards import TokenShards
 from tests.helpers import command, error_of, files, prepare, result, train
 from tests.test_checkpoint import rewrite
@@ -120,15 +123,134 @@ def is_chat(folder):
     return opened.chat
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [("--micro-batch", 1), ("--loading", "memmap"), ("--loading", "preload"), ("--epochs", "0.01"), ("--tokens", "5k"),
-     ("--schedule", "linear"), ("--precision", "bf16"), ("--no-qkv-bias", "--n-layer", 1), ("--n-ff", 96)],
-)  # fmt: skip
-def test_flags_work(data, tmp_path, flags):
-    base = [f for f in QUICK if f not in ("--steps", 2)] if {"--epochs", "--tokens"} & set(flags) else QUICK
-    assert train("--data", data, "--out", tmp_path / "out", *base, *flags) == 0
-    assert result(tmp_path / "out")["step"] >= 1
+def logged(out, name):
+    return [m[name] for m in result(out)["metrics"] if name in m]
+
+
+def state_of(out):
+    """state.json of the newest checkpoint."""
+    return checkpoint.load(str(out), checkpoint.committed(str(out))[-1], ("state.json",)).state
+
+
+def weights_of(out):
+    return checkpoint.load(str(out), checkpoint.committed(str(out))[-1]).tensors["model.safetensors"]
+
+
+def test_flags_of_the_shape_make_that_shape(data, tmp_path):
+    for flags, shapes in (
+        ((), {"blocks.0.attn.qkv.bias": (192,), "blocks.1.mlp.up.weight": (256, 64), "head.weight": (512, 64)}),
+        (("--no-qkv-bias", "--n-layer", 1), {"blocks.0.attn.qkv.bias": None, "blocks.1.mlp.up.weight": None}),
+        (("--n-ff", 96), {"blocks.1.mlp.up.weight": (96, 64), "blocks.1.mlp.down.weight": (64, 96)}),
+    ):
+        out = tmp_path / "-".join(["out", *map(str, flags)])
+        assert train("--data", data, "--out", out, *QUICK, *flags) == 0
+        found = weights_of(out)
+        assert {name: tuple(found[name].shape) if name in found else None for name in shapes} == shapes, flags
+        shape = {str(k)[2:].replace("-", "_"): v for k, v in itertools.pairwise(flags) if str(k).startswith("--n-")}
+        qkv_bias = "--no-qkv-bias" not in flags
+        expected = preset("tiny", vocab_size=512, block_size=64, n_embd=64, qkv_bias=qkv_bias, **shape)
+        assert sum(t.numel() for t in found.values()) == count_params(expected)["untied"], flags
+
+
+def test_flags_of_the_length_make_that_length(data, tmp_path):
+    base = [f for f in QUICK if f not in ("--steps", 2)]
+    windows = sum((s.tokens - 1) // 64 - 1 for s in TokenShards(str(data)).split("train"))
+    for flags, steps in (
+        (("--epochs", "0.01"), round(0.01 * windows / 4)),
+        (("--tokens", "5k"), 5000 // (4 * 64)),
+        (("--steps", 3), 3),
+    ):
+        assert train("--data", data, "--out", tmp_path / flags[0], *base, *flags) == 0
+        assert result(tmp_path / flags[0])["step"] == steps > 1, flags
+        assert len(logged(tmp_path / flags[0], "lr")) == steps
+
+
+def test_a_linear_schedule_is_one(data, tmp_path):
+    flags = ("--steps", 6, "--lr", 0.01, "--warmup", 1, "--schedule", "linear", "--lr-floor", 0.2)
+    assert train("--data", data, "--out", tmp_path / "out", *QUICK, *flags) == 0
+    # the warm-up's only step has the whole of it, then four fifths of it go in five steps
+    assert logged(tmp_path / "out", "lr") == pytest.approx([0.01, 0.01, 0.0084, 0.0068, 0.0052, 0.0036])
+
+
+def test_a_micro_batch_of_that_size_goes_through_the_model(data, tmp_path, monkeypatch, capsys):
+    rows, forward = [], GPT.forward
+    monkeypatch.setattr(
+        GPT, "forward", lambda model, ids, *a, **k: (rows.append(len(ids)), forward(model, ids, *a, **k))[1]
+    )
+    assert train("--data", data, "--out", tmp_path / "out", *QUICK, "--micro-batch", 3) == 0
+    assert rows[:4] == [3, 1, 3, 1]  # two steps of a batch of four
+    assert "; micro-batch 3;" in capsys.readouterr().out
+
+
+def test_bf16_is_computed_in_and_fp32_kept(data, tmp_path, capsys):
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        assert train("--data", data, "--out", tmp_path / precision, *QUICK, "--precision", precision) == 0
+        assert f"\nmachine    cpu, {precision}, torch " in capsys.readouterr().out
+        losses[precision] = logged(tmp_path / precision, "loss")
+        assert {t.dtype for t in weights_of(tmp_path / precision).values()} == {torch.float32}
+    assert losses["bf16"] != losses["fp32"]
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.01)
+
+
+@pytest.mark.parametrize("loading", ["memmap", "preload"])
+def test_tokens_are_where_loading_says(data, tmp_path, monkeypatch, loading):
+    seen, loaded = set(), TokenShards.load
+
+    def load(self, shard, *, preload=False, **options):
+        array = loaded(self, shard, preload=preload, **options)
+        seen.add(type(array))
+        return array
+
+    monkeypatch.setattr(TokenShards, "load", load)
+    cache = tmp_path / "cache"
+    flags = ("--loading", loading, "--cache", cache)
+    assert train("--data", data, "--out", tmp_path / "out", *QUICK, *flags) == 0
+    assert seen == {np.memmap if loading == "memmap" else np.ndarray}
+    assert bool([f for f in cache.rglob("*.bin") if f.is_file()]) == (loading == "memmap")  # unpacked, to be mapped
+
+
+def test_weight_decay_shrinks_matrices_and_nothing_else(data, tmp_path):
+    """Each step takes lr x decay of a weight (Loshchilov & Hutter 2019, algorithm 2, with lr in the place of alpha x eta)."""
+    lr, decay, steps = 1e-3, 0.5, 2
+    flags = ("--lr", lr, "--warmup", 0, "--schedule", "constant")
+    for wd in (0, decay):
+        assert train("--data", data, "--out", tmp_path / str(wd), *QUICK, *flags, "--weight-decay", wd) == 0
+    kept, shrunk = weights_of(tmp_path / "0"), weights_of(tmp_path / str(decay))
+    torch.manual_seed(1)
+    begin = GPT(preset("tiny", vocab_size=512, block_size=64, n_embd=64)).state_dict()
+    for name, first in begin.items():
+        if not first.any():  # biases begin at zero, where there is nothing to take from
+            continue
+        lost = float(((kept[name] - shrunk[name]) * first).sum() / (first * first).sum())
+        assert lost == pytest.approx(steps * lr * decay if first.ndim > 1 else 0, rel=0.05, abs=2e-5), name
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_step_of_every_preset(data, tmp_path, name):
+    """Its width and heads, in one layer."""
+    small = ("--n-layer", 1, "--block-size", 16, "--batch", 2, "--steps", 1, "--eval-tokens", 32, "--sample-every", 0)
+    assert train("--data", data, "--out", tmp_path / "out", "--model", name, *small, "--device", "cpu") == 0
+    assert logged(tmp_path / "out", "loss") == [pytest.approx(np.log(512), rel=0.1)]  # it knows nothing yet
+    shape = state_of(tmp_path / "out")["model"]
+    assert (shape["n_head"], shape["n_embd"]) == (PRESETS[name]["n_head"], PRESETS[name]["n_embd"])
+    shutil.rmtree(tmp_path / "out")  # up to 160 MB
+
+
+def test_characters_are_trained_on_and_sampled(corpus, tmp_path, capsys):
+    flags = ("--tokenizer-type", "char", "--limit", "100kB", "--val-fraction", 0.05)
+    assert prepare("--input", corpus, "--output", tmp_path / "tokens", *flags) == 0
+    assert train("--data", tmp_path / "tokens", "--out", tmp_path / "out", *QUICK) == 0
+    tokens = TokenShards(str(tmp_path / "tokens"))
+    assert len(Tokenizer(tokens.tokenizer_json()).encode("a spider")) == 8
+    assert weights_of(tmp_path / "out")["wte.weight"].shape == (tokens.vocab_size, 64)
+    assert (tmp_path / "out" / "tokenizer.json").read_text("utf-8") == tokens.tokenizer_json()
+    capsys.readouterr()
+    shown = ("--raw", "--prompt", "a sp", "--max-tokens", "20", "--temperature", "1", "--device", "cpu")
+    assert sample.main(["--run", str(tmp_path / "out"), *shown]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("a sp")
+    assert 5 <= len(said) <= len("a sp") + 20 + 1  # a character each, at most, and the line's end
 
 
 def test_half_the_stride_makes_an_epoch_of_twice_the_steps(data, tmp_path, capsys):
@@ -151,17 +273,22 @@ def test_raw_and_compressed_shards_give_the_same_training(corpus, data, tmp_path
 
 
 @pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="refused there: train/precision.py says why")
-def test_compiled_is_the_same_model(data, tmp_path, monkeypatch):
-    """Checkpoints of compiled runs have plain names and go on without compilation."""
-    real = torch.compile
-    monkeypatch.setattr(torch, "compile", functools.partial(real, backend="eager"))  # inductor takes a minute here
-    flags = ("--data", data, "--out", tmp_path / "out", *QUICK, "--resume")
-    assert train(*flags, "--compile", "on") == 0
-    names = checkpoint.load(str(tmp_path / "out"), checkpoint.committed(str(tmp_path / "out"))[-1]).tensors[
-        "model.safetensors"
-    ]
-    assert "wte.weight" in names
-    assert train(*flags, "--compile", "off", "--steps", 4) == 0
+@pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="inductor needs a C++ compiler on a CPU"
+)
+def test_compiled_is_the_same_model(data, tmp_path):
+    """The same losses, through inductor; its checkpoints have plain names and go on without compilation."""
+    small = ("--n-layer", 1, "--n-embd", 32, "--n-head", 2, "--block-size", 32, "--eval-tokens", 128)
+    flags = ("--data", data, *QUICK, *small, "--resume", "--lr", 0.01, "--warmup", 0)
+    for name, compiled in (("eager", "off"), ("compiled", "on")):
+        assert train(*flags, "--out", tmp_path / name, "--compile", compiled, "--compile-cache", "off") == 0
+    eager, ours = (logged(tmp_path / name, "loss") for name in ("eager", "compiled"))
+    assert ours == pytest.approx(eager, rel=1e-5)
+    assert "wte.weight" in weights_of(tmp_path / "compiled")
+    assert train(*flags, "--out", tmp_path / "compiled", "--compile", "off", "--steps", 4) == 0
+    assert train(*flags, "--out", tmp_path / "eager", "--compile", "off", "--steps", 4) == 0
+    eager, ours = (logged(tmp_path / name, "loss") for name in ("eager", "compiled"))
+    assert ours == pytest.approx(eager, rel=1e-4)
 
 
 def test_what_a_person_sees_and_finds(data, tmp_path, capsys):
