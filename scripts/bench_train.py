@@ -2,7 +2,7 @@
 
     python scripts/bench_train.py --precision bf16
     python scripts/bench_train.py --device cuda --model gpt2_small --block-size 1024 --batch 64 --micro-batch 16
-    python scripts/bench_train.py --device cuda --precision fp16 --flash off       # what a T4 can do
+    python scripts/bench_train.py --device cuda --precision fp16 --no-flash       # what a T4 can do
 
 Each contestant is a process of its own, so that its peak memory is its own; all train on the same file of ids, with the
 same shapes, and take turns of a few steps in one run, so that what else the machine does hits all alike. Where it does
@@ -62,7 +62,7 @@ class BenchFlags:
     lr: float = flag(1e-3, "learning rate, constant")
     device: str = flag("auto", "cuda, mps, cpu or auto")
     precision: str = flag("auto", "bf16, fp16, fp32 or auto")
-    flash: bool = flag(True, "allow FlashAttention (off: what GPUs before Ampere have)")
+    flash: bool = flag(True, "allow FlashAttention (without: what GPUs before Ampere have)")
     ids: str = flag("", "raw token shard to train on (default: random ids, the frequent ones frequent)")
     json: str = flag("", "file for the figures")
     role: str = flag("", "used by the program itself: the contestant that this process is")
@@ -239,8 +239,8 @@ def contestant(args: BenchFlags) -> int:
 
     compiled = "on" if args.role.endswith("compiled") or args.role == "ours" else "off"
     machine = choose_machine(args.device, args.precision, compiled)
-    if machine.device.type == "cuda" and not args.flash:
-        torch.backends.cuda.enable_flash_sdp(False)
+    if not args.flash:
+        torch.backends.cuda.enable_flash_sdp(False)  # a CPU asks it too
     config = preset(args.model, **shape(args))
     attention = attention_kernel(config.n_head, config.head_width, machine)
     turns = Turns(machine.synchronize, machine.device.type, machine.peak_flops(), attention)
