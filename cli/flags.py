@@ -152,8 +152,9 @@ def _named(convert: Callable[[str], Any], hint: type) -> Callable[[str], Any]:
     return read
 
 
-class _PatientStdout:
-    """stdout that a job outlives: once nobody reads it (a closed pipe, a lost terminal), what is printed goes nowhere."""
+class _Patient:
+    """stdout or stderr that a job outlives: what cannot be written there (a full disk) is left out, and once nobody reads
+    it any more (a closed pipe, a lost terminal) all of it is."""
 
     def __init__(self, stream: Any) -> None:
         self.stream = stream
@@ -169,9 +170,8 @@ class _PatientStdout:
         try:
             action()
         except OSError as e:
-            if e.errno not in (errno.EPIPE, errno.EIO):
-                raise
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            if e.errno in (errno.EPIPE, errno.EIO):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
@@ -189,13 +189,15 @@ def run(
     """Run a program's `main` and exit: 0 or its own code; 2 with one line for what a user can set right; `unreachable`
     for storage that did not answer.
 
-    With `outlives_stdout` a reader that goes away (`| head`, a lost ssh) does not end the program. With `at_once` nothing is
-    taken down at the end: torch needs 0.5 to 2 s for that, and a thread that hangs in an upload is waited for.
+    With `outlives_stdout` a reader that goes away (`| head`, a lost ssh), or a full disk under what is printed, stderr
+    included, does not end the program. With `at_once` nothing is taken down at the end: torch needs 0.5 to 2 s for that, and
+    a thread that hangs in an upload is waited for.
     """
-    if sys.stdout is None:  # closed by the caller: `>&-`
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the life of the process
-    if outlives_stdout:
-        sys.stdout = _PatientStdout(sys.stdout)  # type: ignore[assignment]
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller: `>&-`
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for the life of the process
+        if outlives_stdout:
+            setattr(sys, name, _Patient(getattr(sys, name)))
     quiet_drivers()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
@@ -208,6 +210,8 @@ def run(
         print("stopped", file=sys.stderr)
         code = 130
     except BrokenPipeError:
+        if outlives_stdout:  # then it is of something else
+            raise
         code = 0  # `| head` closed the pipe: not an error
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):

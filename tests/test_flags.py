@@ -191,15 +191,13 @@ def test_every_whole_number_reads_as_itself(n):
 # ---- run: how a program ends ----------------------------------------------------------------------------------------
 
 
-def program(body: str, **options: object) -> subprocess.CompletedProcess[str]:
-    """Run a program whose main() is `body`."""
+def program(body: str, how: str = "", **options: object) -> subprocess.CompletedProcess[str]:
+    """Run a program whose main() is `body`; `how`: arguments of flags.run."""
     lines = "\n".join(f"    {line}" for line in body.splitlines())
-    code = f"import os, sys, errno, signal\nfrom cli import flags\ndef main():\n{lines}\nflags.run(main)\n"
+    code = f"import os, sys, errno, signal\nfrom cli import flags\ndef main():\n{lines}\nflags.run(main, {how})\n"
     env = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
-    options = {"stdout": subprocess.PIPE, "env": env, **options}
-    return subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=30, **options
-    )
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": env, **options}
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, timeout=30, **options)
 
 
 @pytest.mark.parametrize(
@@ -262,6 +260,46 @@ def test_a_full_disk_under_stdout_is_one_line():
     assert ran.returncode == 2
     assert len(ran.stderr.splitlines()) == 1
     assert "No space left" in ran.stderr
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+@pytest.mark.parametrize("fate", ["nobody reads", "full disk", "closed"])
+def test_a_job_that_outlives_its_output_ends_as_if_it_were_read(stream, fate, tmp_path):
+    """Neither killed nor "finished" by a line that nobody can read."""
+    if fate == "full disk" and not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    read, write = os.pipe()
+    os.close(read)
+    full = os.open("/dev/full" if fate == "full disk" else os.devnull, os.O_WRONLY)
+    options = {stream: full if fate == "full disk" else write if fate == "nobody reads" else subprocess.DEVNULL}
+    if fate == "closed":
+        options["preexec_fn"] = lambda: os.close({"stdout": 1, "stderr": 2}[stream])
+    end = tmp_path / "end"
+    body = f"for _ in range(999): print('x' * 99, file=sys.{stream}, flush=True)\nopen({str(end)!r}, 'w')\nreturn 3"
+    try:
+        ran = program(body, "outlives_stdout=True", **options)
+    finally:
+        os.close(write), os.close(full)
+    assert (ran.returncode, ran.stdout or "", ran.stderr or "") == (3, "", "")
+    assert end.exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_output_goes_on_when_there_is_room_again():
+    body = """there, full = os.dup(1), os.open("/dev/full", os.O_WRONLY)
+for i in range(3000):
+    if i in (1000, 2000):
+        os.dup2(full if i == 1000 else there, 1)
+    print(i, flush=True)"""
+    ran = program(body, "outlives_stdout=True")
+    assert ran.returncode == 0
+    lines = list(map(int, ran.stdout.splitlines()))
+    assert lines == sorted(lines)
+    assert {*range(1000), *range(2000, 3000)} <= set(lines) < set(range(3000))
+
+
+def test_a_broken_pipe_of_something_else_is_no_success():
+    assert program("raise BrokenPipeError(errno.EPIPE, 'Broken pipe')", "outlives_stdout=True").returncode == 1
 
 
 def test_storage_warnings_are_plain_lines():
