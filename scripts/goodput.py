@@ -21,6 +21,7 @@ from cli.flags import flag
 from cli.progress import duration, is_live_terminal
 from store import fs
 from store.errors import NotFound
+from store.untrusted import parse_json
 from train.ledger import Attempt, attempts, read_events, totals
 
 NAMES = {
@@ -144,8 +145,8 @@ def _newest_step(metrics: str) -> int:
     """The step of the last whole line of metrics.jsonl."""
     for line in reversed(metrics.split("\n")):
         try:
-            step = json.loads(line)["step"]
-        except (ValueError, KeyError, TypeError, RecursionError):
+            step = parse_json(line)["step"]
+        except (ValueError, KeyError, TypeError):
             continue
         if type(step) is int and 0 <= step < 1e9:
             return step

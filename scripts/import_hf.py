@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 import secrets
 import tempfile
 from pathlib import Path
@@ -20,6 +19,7 @@ from gpt.presets import PRESETS
 from gpt.tokenizer import Tokenizer
 from prep import given
 from store import fs
+from store.untrusted import parse_json
 from train import checkpoint
 from train.config import SHAPE
 
@@ -54,7 +54,7 @@ def import_run(folder: Path, out: str) -> list[str]:
 def read_model(folder: Path) -> GPT:
     """The folder's config.json and safetensors files as our model. Raises UserError, GPTError."""
     try:
-        config = json.loads((folder / "config.json").read_text("utf-8"))
+        config = parse_json((folder / "config.json").read_text("utf-8"))
         if not isinstance(config, dict):
             raise ValueError("no object")
     except OSError as e:

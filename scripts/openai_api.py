@@ -9,6 +9,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from store.untrusted import parse_json
+
 MOST_STOPS = 4
 
 
@@ -59,8 +61,8 @@ ROLES = {"system": "system", "developer": "system", "user": "user", "assistant":
 def read_request(raw: bytes, *, chat: bool) -> Asked:
     """What the body of a POST asks for. Raises ApiError."""
     try:
-        body = json.loads(raw)
-    except (ValueError, RecursionError):
+        body = parse_json(raw)
+    except ValueError:
         raise ApiError("the body is not JSON") from None
     if not isinstance(body, dict):
         raise ApiError("the body is no JSON object")

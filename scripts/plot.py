@@ -18,6 +18,7 @@ from cli.errors import UserError
 from cli.flags import flag
 from store import fs
 from store.errors import NotFound
+from store.untrusted import parse_json
 from train import ledger
 from train.folder import read_lines
 
@@ -97,7 +98,7 @@ def read_run(run: str, name: str) -> "figure.Run":
     seconds = ledger.totals(ledger.attempts(told, max(losses)))
     parts = {part: seconds[part] for part in ledger.PARTS}
     try:
-        about = json.loads(fs.read_bytes(fs.join(run, "config.json")))
+        about = parse_json(fs.read_bytes(fs.join(run, "config.json")))
     except (NotFound, ValueError):
         about = {}
     about = about if isinstance(about, dict) else {}

@@ -26,6 +26,7 @@ import zstandard
 
 from store import fs
 from store.errors import DataError, NotFound
+from store.untrusted import parse_json
 
 FORMAT, VERSION = "perennial-tokens", 1
 HEADER_BYTES = 1024
@@ -416,7 +417,7 @@ def _load_metadata(url: str) -> tuple[dict[str, Any], str]:
         raise DataError(f"{fs.redact(url)}: no token dataset there (metadata.json is missing): make one with "
                         "prep/tokenize_bpe.py, or let it finish with --resume") from e  # fmt: skip
     try:
-        data = json.loads(raw)
+        data = parse_json(raw)
         if data.get("format") != FORMAT:
             raise ValueError(f"format is {data.get('format')!r}, expected {FORMAT!r}")
         if data["version"] > VERSION:
@@ -438,7 +439,7 @@ def _load_metadata(url: str) -> tuple[dict[str, Any], str]:
                 raise ValueError(f"bad hash of shard {s.name!r}")  # one names the cached copy
         if len({s.name for s in shards}) != len(shards):
             raise ValueError("a shard is named twice")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise DataError(f"{where}: not valid metadata ({e}): copy the dataset again, or re-run prep") from e
     # the tokens themselves: the same for raw and compressed shards, whatever library versions made them
     identity = [data["tokenizer_sha256"], *([s.split, s.tokens, s.xxh3] for s in shards)]

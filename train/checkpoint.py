@@ -27,6 +27,7 @@ from store import drive, fs, retry
 from store.direct import DirectFile, open_direct
 from store.errors import DataError, NotFound, StoreError
 from store.shards import default_cache
+from store.untrusted import parse_json
 from train.tensor_file import write_tensors
 
 FORMAT, VERSION = "perennial-checkpoint", 1
@@ -93,7 +94,7 @@ def read_manifest(out: str, name: str) -> Manifest | None:
     Raises DataError for a newer format version: going on from an older step would lose work silently.
     """
     try:
-        data = json.loads(fs.read_bytes(fs.join(out, name, MANIFEST)))
+        data = parse_json(fs.read_bytes(fs.join(out, name, MANIFEST)))
         if data["format"] != FORMAT or data.pop("sha256") != _manifest_hash(data):
             return None
         if data["version"] > VERSION:
@@ -273,10 +274,10 @@ def load(out: str, manifest: Manifest, parts: tuple[str, ...] = PARTS) -> Checkp
     try:
         paths = {name: _proved(fs.join(url, name), manifest.parts[name], folder / name) for name in parts}
         tensors = {name: load_file(path) for name, path in paths.items() if name in TENSOR_PARTS}
-        state = json.loads(paths["state.json"].read_bytes())
+        state = parse_json(paths["state.json"].read_bytes())
         _check_state(state, manifest)
         return Checkpoint(manifest, out, tensors, state)
-    except (SafetensorError, ValueError, RecursionError) as e:
+    except (SafetensorError, ValueError) as e:
         raise DataError(f"{fs.redact(url)}: unreadable ({e})") from e
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -32,6 +32,7 @@ from store import drive, fs
 from store.errors import StoreError
 from store.retry import patience
 from store.shards import default_cache
+from store.untrusted import parse_json
 from train import config as settings
 from train.config import TrainConfig
 from train.folder import RunFolder
@@ -122,7 +123,7 @@ class CompileCache:
 
     def _note(self, key: str) -> dict[str, Any]:
         """What is recorded of an archive of that size. Raises one of UNUSABLE unless our secret signed it for this run."""
-        note = json.loads(fs.read_bytes(fs.join(self.url, f"{key}.json")))
+        note = parse_json(fs.read_bytes(fs.join(self.url, f"{key}.json")))
         if not hmac.compare_digest(note["signature"], self._sign(key, note)):
             raise ValueError("signed with another secret, or for another run")
         if fs.size(fs.join(self.url, f"{key}.tar.zst")) != note["bytes"]:

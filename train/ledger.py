@@ -10,10 +10,11 @@ An attempt is one start of the trainer. Its time is split into parts that add up
 
 import datetime
 import itertools
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
+
+from store.untrusted import parse_json
 
 ENDS = ("finished", "stopped", "diverged", "unsaved", "fenced")  # events of an attempt that ended by itself
 PARTS = ("useful", "lost", "start", "data", "compile", "aside", "saving")
@@ -104,13 +105,13 @@ def read_events(text: str) -> tuple[list[Event], int]:
 
 def _event(line: str) -> Event | None:
     try:
-        fields = json.loads(line)
+        fields = parse_json(line)
         time_s = datetime.datetime.fromisoformat(fields["time"]).timestamp()
         attempt, name = fields["attempt"], fields["event"]
         if type(attempt) is not int or not 0 <= attempt < 1e9 or not isinstance(name, str) or not 0 <= time_s < 1e11:
             return None
         return Event(time_s, _number(fields.get("up_s")), attempt, name, fields)
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         return None
 
 

@@ -21,6 +21,7 @@ from gpt.model import GPTConfig
 from store import fs
 from store.errors import StoreError
 from store.shards import default_cache
+from store.untrusted import parse_json
 from train.config import AUTO, TrainConfig
 from train.folder import RunFolder
 from train.optim import step_unless
@@ -208,7 +209,7 @@ class MicroBatch:
 
     def _remembered(self) -> int | None:
         try:
-            note = json.loads(self.note.read_bytes())
+            note = parse_json(self.note.read_bytes())
             size, recompute = int(note["micro_batch"]), note["recompute"] is True
         except (OSError, ValueError, KeyError, TypeError):
             return None
