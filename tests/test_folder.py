@@ -26,6 +26,15 @@ def test_lines_that_met_a_full_disk_come_once_and_whole(tmp_path, capsys):
         subprocess.run(["umount", "-l", tmp_path])
 
 
+def test_a_torn_line_swallows_none_that_comes_after_it(tmp_path):
+    folder = RunFolder(str(tmp_path))
+    (tmp_path / "events.jsonl").write_text('{"event": "start"}\n{"eve')
+    for name in ("crash_found", "start"):
+        folder.event(name)
+    assert [e["event"] for e in read_lines(tmp_path / "events.jsonl")] == ["start", "crash_found", "start"]
+    assert (tmp_path / "events.jsonl").read_text().count("\n") == 4
+
+
 def test_a_line_cut_off_by_a_kill_is_left_out(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"ste')
     assert read_lines(tmp_path / "metrics.jsonl") == [{"step": 1}, {"step": 2}]

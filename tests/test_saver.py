@@ -1,6 +1,7 @@
 """Saves behind the loop's back: a true copy, one at a time, two tiers, and failures that are loud but stop nothing."""
 
 import dataclasses
+import io
 import json
 import os
 import threading
@@ -132,6 +133,38 @@ def test_an_outage_of_the_bucket_stops_nothing_and_a_killed_process_loses_nothin
     newest, quiet = checkpoint.committed(url)[-1], result(tmp_path / "quiet")
     assert {p: newest.parts[p]["sha256"] for p in checkpoint.TENSOR_PARTS}.items() <= quiet.items()
     assert [json.loads(line) for line in fs.read_bytes(f"{url}/metrics.jsonl").splitlines()] == quiet["metrics"]
+
+
+def failing_upload(tmp_path, monkeypatch):
+    """A Mirror that was offered a checkpoint which the bucket refuses."""
+    folder = RunFolder(f"memory://refused/{tmp_path.name}", tmp_path)
+    away(monkeypatch, folder.url)
+    folder.hold()
+    sending = mirror.Mirror(folder, keep=1)
+    sending.offer(checkpoint.save(
+        folder.local, step=5, run_id="r", attempt=1, val_loss=None, tensors=tensors(5), state=state(5)
+    ))  # fmt: skip
+    return sending
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_a_warning_that_cannot_be_written_does_not_end_the_uploads(tmp_path, monkeypatch):
+    with monkeypatch.context() as m:
+        m.setattr("sys.stderr", io.TextIOWrapper(io.FileIO("/dev/full", "wb"), write_through=True))
+        sending = failing_upload(tmp_path, m)
+        assert not sending.finish(20)
+    assert isinstance(sending.error, StoreError)
+    assert sending.finish(20)  # the bucket takes it now
+
+
+def test_a_fault_while_a_failed_upload_is_told_of_is_not_swallowed(tmp_path, monkeypatch):
+    def broken(*args):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(RunFolder, "warn", broken)
+    sending = failing_upload(tmp_path, monkeypatch)
+    assert not sending.finish(20)
+    assert isinstance(sending.error, ZeroDivisionError)  # for the loop to raise
 
 
 def test_a_machine_that_was_overtaken_forgets_its_own_tier(data, tmp_path, monkeypatch):

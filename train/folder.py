@@ -3,6 +3,7 @@
 OUT/config.json  metrics.jsonl  events.jsonl  tokenizer.json  samples/step-00001000.txt  step-…/ (train/checkpoint.py)
 """
 
+import contextlib
 import datetime
 import hashlib
 import json
@@ -21,6 +22,7 @@ from store import drive, fs, lock
 from store.errors import DataError, NotFound, StoreError
 from store.lease import TTL_S, Lease
 from store.shards import default_cache
+from store.untrusted import parse_json
 from train import checkpoint, clock
 from train.ledger import crash_found, iso
 
@@ -99,7 +101,7 @@ class RunFolder:
                     self.run_id, self.attempt = str(data["run_id"]), int(data.get("attempt", 0))
                     self.stored_config = dict(data["config"])
                     return True
-            except (ValueError, KeyError, TypeError) as e:
+            except (ValueError, KeyError, TypeError, OverflowError) as e:
                 if any(checkpoint.STEP_NAME.fullmatch(n) for n in names):
                     self._ask_checkpoints()  # the file is damaged, they can still be sound
                     return True
@@ -322,8 +324,10 @@ class RunFolder:
             try:
                 whole = path.stat().st_size if path.exists() else 0
                 try:
-                    with open(path, "a", encoding="utf-8") as f:
-                        f.write(self.unwritten[name])
+                    with open(path, "ab+") as f:
+                        f.seek(max(whole - 1, 0))
+                        torn = f.read(1) not in (b"", b"\n")  # by a power cut: what comes next is a line of its own
+                        f.write(b"\n" * torn + self.unwritten[name].encode())
                 except OSError:
                     os.truncate(path, whole)  # half of the lines may be there: they are all to come again
                     raise
@@ -357,8 +361,9 @@ class RunFolder:
         self.tell(f"warning: {message}")
 
     def tell(self, line: str) -> None:
-        """That line on stderr."""
-        print(line, file=sys.stderr, flush=True)
+        """That line on stderr, where anything can be written there: a thread that saves must not die of it."""
+        with contextlib.suppress(OSError, ValueError):  # a full disk, a lost terminal; closed
+            print(line, file=sys.stderr, flush=True)
 
 
 class BystandingFolder:
@@ -377,7 +382,7 @@ class BystandingFolder:
 
 def _identity(place: str) -> dict[str, Any] | None:
     """config.json of a run; None where it is something else's. Raises NotFound, ValueError, DataError (newer format)."""
-    data = json.loads(fs.read_bytes(fs.join(place, "config.json")))
+    data = parse_json(fs.read_bytes(fs.join(place, "config.json")))
     if data["format"] != FORMAT:
         return None
     if data["version"] > VERSION:
@@ -397,8 +402,8 @@ def parse_lines(data: bytes) -> list[dict[str, Any]]:
     lines = []
     for line in data.decode("utf-8", errors="replace").splitlines():
         try:
-            value = json.loads(line)
-        except (ValueError, RecursionError):
+            value = parse_json(line)
+        except ValueError:
             continue
         if isinstance(value, dict):
             lines.append(value)

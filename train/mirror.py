@@ -60,31 +60,35 @@ class Mirror:
             return done
 
     def _work(self) -> None:
-        while True:
+        try:
+            while True:
+                self._next()
+        except BaseException as e:  # for the loop to raise: this run is no longer ours, or a fault of our own
             with self.changed:
-                self.changed.wait_for(lambda: self.offered or self.leaving, LOOK_S if self.on_its_way else None)
-                manifest, leaving = self.offered, self.leaving
-                self.uploading = manifest
-            try:
-                if manifest:
-                    self._upload(manifest)
-                self._look_at_drive()
-                if manifest or leaving:
-                    self.folder.publish()
-            except BaseException as e:
-                if isinstance(e, StoreError) and not isinstance(e, Fenced):
-                    self._failed(manifest, e)
-                    continue
-                with self.changed:  # for the loop to raise: this run is no longer ours, or a fault of our own
-                    self.error = e
-                    self.changed.notify_all()
-                return
-            with self.changed:
-                self.uploading = None
-                if self.offered is manifest:
-                    self.offered = self.waiting_since_s = None
-                    self.leaving = self.leaving and not leaving
-                    self.changed.notify_all()
+                self.error = e
+                self.changed.notify_all()
+
+    def _next(self) -> None:
+        with self.changed:
+            self.changed.wait_for(lambda: self.offered or self.leaving, LOOK_S if self.on_its_way else None)
+            manifest, leaving = self.offered, self.leaving
+            self.uploading = manifest
+        try:
+            if manifest:
+                self._upload(manifest)
+            self._look_at_drive()
+            if manifest or leaving:
+                self.folder.publish()
+        except Fenced:
+            raise
+        except StoreError as e:
+            return self._failed(manifest, e)
+        with self.changed:
+            self.uploading = None
+            if self.offered is manifest:
+                self.offered = self.waiting_since_s = None
+                self.leaving = self.leaving and not leaving
+                self.changed.notify_all()
 
     def _upload(self, manifest: Manifest) -> None:
         start_s = time.monotonic()
