@@ -1,6 +1,8 @@
 """A step without a valid manifest does not exist; what is damaged is never loaded; older steps are the fallback."""
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 from functools import partial
@@ -202,6 +204,39 @@ def test_a_newer_format_is_refused_with_the_cure(tmp_path):
     rewrite(path, version=2)
     with pytest.raises(DataError, match="format 2 is newer than this program's 1: update"):
         load(tmp_path)
+
+
+WRONG_TYPES = [{"val_loss": v} for v in ("x", True, float("nan"), float("inf"), [1.0], {})]
+WRONG_TYPES += [{"version": True}, {"step": True}, {"step": "10"}, {"attempt": 1.0}, {"attempt": True}, {"run_id": 7},
+                {"parts": []}, {"parts": dict.fromkeys(checkpoint.PARTS, 7)},
+                {"parts": {p: {"bytes": True, "sha256": "0" * 64} for p in checkpoint.PARTS}}]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", WRONG_TYPES, ids=lambda change: str(change)[:30])
+def test_a_manifest_of_wrong_types_is_not_whole(tmp_path, change):
+    """A step of 1 and an attempt of 1: True would pass for either, and in the folder's name too."""
+    for step, val_loss in ((1, 2.0), (2, 3.0), (3, 4.0)):
+        save(tmp_path, step, val_loss)
+    rewrite(tmp_path / "step-00000001-0001" / "MANIFEST.json", **change)
+    assert [m.step for m in checkpoint.committed(str(tmp_path))] == [2, 3]
+    checkpoint.retain(str(tmp_path), 1)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
+def test_what_cannot_be_set_aside_is_passed_over(tmp_path, monkeypatch, number):
+    save(tmp_path, 10)
+    save(tmp_path, 20)
+    flip_bit(tmp_path / "step-00000020-0001" / "model.safetensors", tmp_path)
+
+    def refused(*args):
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as m:
+        m.setattr(os, "rename", refused)
+        found, warnings = load(tmp_path)
+    assert (found.manifest.step, len(warnings)) == (10, 1)
+    assert "model.safetensors" in warnings[0]
+    assert os.strerror(number) in warnings[0]
 
 
 @pytest.mark.parametrize("call", range(len(checkpoint.PARTS) + 1))

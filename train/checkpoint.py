@@ -10,6 +10,7 @@ loading, listing and retention alike.
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -102,10 +103,13 @@ def read_manifest(out: str, name: str) -> Manifest | None:
                             f"program's {VERSION}: update the program")  # fmt: skip
         manifest = Manifest(**data, name=name)
         whole = set(manifest.parts) == set(PARTS) and all(
-            isinstance(p["bytes"], int) and re.fullmatch("[0-9a-f]{64}", p["sha256"]) for p in manifest.parts.values()
+            type(p["bytes"]) is int and re.fullmatch("[0-9a-f]{64}", p["sha256"]) for p in manifest.parts.values()
         )
+        kinds = [type(v) for v in (manifest.version, manifest.step, manifest.attempt, manifest.run_id)]
+        val_loss = manifest.val_loss
+        scored = val_loss is None or (type(val_loss) in (int, float) and abs(val_loss) < math.inf)
         mine = (step_name(manifest.step, manifest.attempt), f"step-{manifest.step:08d}")
-        return manifest if whole and name in mine else None
+        return manifest if whole and kinds == [int, int, int, str] and scored and name in mine else None
     except (NotFound, ValueError, KeyError, TypeError, AttributeError):
         return None
 
@@ -250,8 +254,12 @@ def load_newest(
                 raise
             damaged += 1
             aside = fs.join(place, "quarantine", f"{name}-{secrets.token_hex(4)}")
-            warn(f"checkpoint {name} is damaged ({e}); set aside as {fs.redact(aside)}")
-            fs.move_folder(fs.join(place, name), aside)
+            try:
+                fs.move_folder(fs.join(place, name), aside)
+                said = f"set aside as {fs.redact(aside)}"
+            except StoreError as why:  # a place that is read only: it is passed over at every start
+                said = f"passed over, it cannot be set aside: {why}"
+            warn(f"checkpoint {name} is damaged ({e}); {said}")
     if damaged or any(STEP_NAME.match(e.name) for p in places for e in fs.list_folder(fs.join(p, "quarantine"))):
         raise DataError(f"{fs.redact(places[-1])}: every checkpoint is damaged and set aside under quarantine/: "
                         "restore one, or start again with another --out")  # fmt: skip
