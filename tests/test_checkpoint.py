@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 
 from store import drive, fs
 from store.errors import DataError, StoreError
-from tests.helpers import files
+from tests.helpers import ROOT, files
 from train import checkpoint
 
 
@@ -358,6 +359,40 @@ def test_a_hostile_manifest_cannot_reach_outside(tmp_path):
     parts["../../etc/passwd"] = parts.pop("state.json")
     rewrite(path, parts=parts)
     assert checkpoint.committed(str(tmp_path)) == []
+
+
+def test_what_a_killed_load_fetched_is_removed_by_the_next_but_not_while_it_is_read(tmp_path, monkeypatch):
+    out = f"memory://left-{tmp_path.name}"
+    monkeypatch.setenv("PERENNIAL_CACHE", str(tmp_path / "cache"))
+    for step in (10, 20):
+        manifest = save(tmp_path, step)
+        checkpoint.upload(tmp_path, out, manifest)
+    code = f"""
+import signal, os
+from store import fs
+from train import checkpoint
+def fetch(url, path, sha256):
+    if "optimizer" in url:
+        print("there", flush=True)
+        signal.pause()
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    open(path, "wb").write(b"x" * 1000)
+fs.get_file = fetch
+checkpoint.load({out!r}, checkpoint.read_manifest({str(tmp_path)!r}, {manifest.name!r}))
+"""
+    killed = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert killed.stdout.readline() == "there\n"
+        half = list((tmp_path / "cache").rglob("model.safetensors"))
+        assert len(half) == 1
+        assert load(out)[0].manifest.step == 20  # a chat, while the trainer starts
+        assert half[0].exists()
+    finally:
+        killed.kill()
+        killed.communicate()
+    assert half[0].exists()
+    assert load(out)[0].manifest.step == 20
+    assert [p.name for p in (tmp_path / "cache").rglob("*") if p.is_file()] == [".lock"]
 
 
 def test_loading_a_remote_run_does_not_disturb_a_save_under_way(tmp_path, monkeypatch):

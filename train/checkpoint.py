@@ -8,14 +8,15 @@ loading, listing and retention alike.
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import math
-import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Collection, Iterable, Mapping
+import tempfile
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -276,19 +277,16 @@ def _has_parts(folder: str) -> bool:
 def load(out: str, manifest: Manifest, parts: tuple[str, ...] = PARTS) -> Checkpoint:
     """One step, or some `parts` of it, each proved against its sha256. Raises DataError naming the part that differs."""
     url = fs.join(out, manifest.name)
-    folder = (
-        _staging(out) / f"load-{os.getpid()}"
-    )  # of its own: a chat with the run must not disturb its trainer's save
+    in_place = fs.is_local(out) and not drive.holds(fs.local_path(out))
     try:
-        paths = {name: _proved(fs.join(url, name), manifest.parts[name], folder / name) for name in parts}
-        tensors = {name: load_file(path) for name, path in paths.items() if name in TENSOR_PARTS}
-        state = parse_json(paths["state.json"].read_bytes())
+        with contextlib.nullcontext() if in_place else _staging(out) as folder:
+            paths = {name: _proved(fs.join(url, name), manifest.parts[name], folder) for name in parts}
+            tensors = {name: load_file(path) for name, path in paths.items() if name in TENSOR_PARTS}
+            state = parse_json(paths["state.json"].read_bytes())
         _check_state(state, manifest)
         return Checkpoint(manifest, out, tensors, state)
     except (SafetensorError, ValueError) as e:
         raise DataError(f"{fs.redact(url)}: unreadable ({e})") from e
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _check_state(state: Any, manifest: Manifest) -> None:
@@ -310,20 +308,40 @@ def _check_state(state: Any, manifest: Manifest) -> None:
         raise ValueError("state.json: data has no fingerprint or vocab_size")
 
 
-def _staging(out: str) -> Path:
-    """Where the fetched parts of a remote run lie while they are read."""
-    return default_cache() / "staging" / hashlib.sha256(out.encode()).hexdigest()[:16]
+@contextlib.contextmanager
+def _staging(out: str) -> Iterator[Path]:
+    """Where the fetched parts of a remote run lie while they are read: a folder of its own, for a chat with the run must not
+    disturb its trainer's start. What killed loads left is removed while nobody loads.
+    """
+    place = default_cache() / "staging" / hashlib.sha256(out.encode()).hexdigest()[:16]
+    with contextlib.ExitStack() as stack:
+        try:
+            fs.make_folder(place)
+            lock = stack.enter_context(open(place / ".lock", "ab"))
+            with contextlib.suppress(OSError):  # another one loads, or a mount without locks
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                for left in place.glob("load-*"):
+                    shutil.rmtree(left, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                fcntl.flock(lock, fcntl.LOCK_SH)
+            folder = Path(
+                stack.enter_context(tempfile.TemporaryDirectory(prefix="load-", dir=place, ignore_cleanup_errors=True))
+            )
+        except OSError as e:
+            raise StoreError(f"{place}: cannot be written: {e.strerror or e}") from e
+        yield folder
 
 
-def _proved(url: str, part: dict[str, Any], copy: Path) -> Path:
-    """A local path with exactly the bytes of the manifest: the file itself, or a fetched copy.
+def _proved(url: str, part: dict[str, Any], folder: Path | None) -> Path:
+    """A local path with exactly the bytes of the manifest: the file itself, or a copy that is fetched to the `folder`.
 
     A Drive is copied from: what it fails to give now is tried again, and what was proved is what is then read.
     """
-    if fs.is_local(url) and not drive.holds(fs.local_path(url)):
+    if folder is None:
         path = fs.local_path(url)
         _prove(path, part)
         return path
+    copy = folder / Path(url).name
     try:
         fs.get_file(url, copy, sha256=part["sha256"])
     except NotFound as e:
