@@ -332,7 +332,7 @@ def staged(path: Path, *, durable: bool = True) -> Iterator[Path]:
                 os.fsync(f.fileno())  # else a power cut can leave the name with nothing behind it
         os.replace(temporary, path)
         if durable:
-            _fsync_folder(path.parent)
+            _fsync(path.parent)
     finally:
         with contextlib.suppress(OSError):  # the fault that came first is the one to tell
             drive.discard(temporary)
@@ -347,16 +347,16 @@ def make_folder(path: Path) -> None:
     new = [p for p in (path, *path.parents) if not p.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for p in new:
-        _fsync_folder(p.parent)
+        _fsync(p.parent)
 
 
-def _fsync_folder(path: Path) -> None:
-    """Make sure of what was renamed, linked or made in there, wherever folders can be synced."""
+def _fsync(path: Path) -> None:
+    """Make sure of a file's bytes; of what was renamed, linked or made in a folder, wherever folders can be synced."""
     if drive.holds(path):  # the cloud keeps another order of its own: there is nothing to ask for
         return
     try:
         fd = os.open(path, os.O_RDONLY)
-    except OSError:  # some mounts do not open a folder
+    except OSError:  # gone, or one of the mounts that do not open a folder
         return
     try:
         os.fsync(fd)
@@ -365,6 +365,13 @@ def _fsync_folder(path: Path) -> None:
             raise
     finally:
         os.close(fd)
+
+
+def sync_tree(folder: Path) -> None:
+    """Every file and folder in there, as it is now, survives a power cut. Raises OSError."""
+    for path in (*folder.rglob("*"), folder):
+        if path.is_file() or path.is_dir():
+            _fsync(path)
 
 
 def put_bytes(url: str, data: bytes) -> None:
@@ -460,7 +467,7 @@ def _link(path: Path, data: bytes) -> bool | None:
             if e.errno in (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP):
                 return None
             raise
-        _fsync_folder(path.parent)
+        _fsync(path.parent)
         return True
     finally:
         temporary.unlink(missing_ok=True)
@@ -483,7 +490,7 @@ def move_file(url: str, source: Path) -> None:
         return True
 
     if is_local(url) and attempt(url, "write", rename):
-        attempt(url, "write", lambda: _fsync_folder(local_path(url).parent))
+        attempt(url, "write", lambda: _fsync(local_path(url).parent))
         return
     put_file(url, source)
     source.unlink()
@@ -512,7 +519,7 @@ def delete_folder(url: str, *, first: str | None = None) -> None:
     for name in sorted(names, key=lambda n: n != first):
         delete(join(url, name))
         if name == first and is_local(url):
-            attempt(url, "delete", lambda: _fsync_folder(local_path(url)))  # a power cut must not change the order
+            attempt(url, "delete", lambda: _fsync(local_path(url)))  # a power cut must not change the order
     if is_local(url):
         with contextlib.suppress(OSError):
             local_path(url).rmdir()

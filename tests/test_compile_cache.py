@@ -13,6 +13,7 @@ import torch
 import zstandard
 
 from gpt.presets import preset
+from tests.faulty_disk import FaultyDisk
 from tests.helpers import files, train
 from tests.test_resume import SMALL
 from train import compile_cache
@@ -54,7 +55,7 @@ def compile_something(cache: CompileCache) -> dict[str, bytes]:
         (made / name).parent.mkdir(parents=True, exist_ok=True)
         (made / name).write_bytes(random.Random(name).randbytes(999))
     made.joinpath("locks").mkdir()
-    made.joinpath("locks", "x.lock").touch()
+    made.joinpath("locks", "x.lock").write_bytes(b"")
     cache.keep()
     cache.wait(60)
     return {name: raw for name, raw in files(made).items() if "lock" not in name}
@@ -73,6 +74,30 @@ def test_another_machine_finds_what_the_first_one_compiled(tmp_path, monkeypatch
     assert second.path.is_relative_to(tmp_path / "b")
     assert files(second.path) == made
     assert compiled(tmp_path, "c", compile_cache="off").restore() == "off"
+
+
+def test_a_power_cut_leaves_no_marked_folder_with_a_file_cut_off(tmp_path):
+    cache = compiled(tmp_path)
+    cache.restore()
+    with FaultyDisk(tmp_path / "a") as disk:
+        made = compile_something(cache)
+    place, marked = f"compiled/{cache.key}/", 0
+    for _, found in disk.after_power_cuts():
+        if f"{place}whole" in found:
+            marked += 1
+            assert {n: found.get(f"{place}{n}") for n in made} == made
+    assert marked
+
+
+def test_what_was_unpacked_is_sure_before_it_has_its_name(tmp_path):
+    compiled(tmp_path).restore()
+    made = compile_something(compiled(tmp_path))
+    shutil.rmtree(tmp_path / "a" / "compiled")
+    with FaultyDisk(tmp_path / "a") as disk:
+        again = compiled(tmp_path)
+        assert again.restore() == "warm"
+    named = next(i for i, op in enumerate(disk.log) if op[0] == "rename" and op[2] == str(again.path))
+    assert {("sync", disk.number_of(str(again.path / n))) for n in made} <= set(disk.log[:named])
 
 
 def test_without_a_secret_of_the_users_only_the_same_home_trusts_it(tmp_path):

@@ -104,7 +104,8 @@ class CompileCache:
     def _keep(self) -> None:
         packed = self.path.with_name(f".{self.key}.{os.getpid()}.tar.zst.tmp")
         try:
-            (self.path / WHOLE).touch()
+            fs.sync_tree(self.path)  # a file cut off by a power cut, and yet marked, would fail every start
+            (self.path / WHOLE).write_bytes(b"")
             with contextlib.suppress(*UNUSABLE):
                 if not self.damaged and self._note(self.key):
                     return
@@ -223,6 +224,7 @@ def unpack(archive: Path, folder: Path) -> None:
         ):
             tar.extraction_filter = getattr(tarfile, "data_filter", None)  # from Python 3.11.4 on; Debian 12 has 3.11.2
             tar.extractall(fresh, members=_plain(tar))
+        fs.sync_tree(fresh)  # the mark is in it
         os.rename(fresh, folder)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
