@@ -1,6 +1,7 @@
 """Command-line flags made from a dataclass: each default and help text stands once, in the dataclass."""
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import errno
@@ -50,6 +51,14 @@ def real(text: str) -> float:
     if not math.isfinite(value):
         raise ValueError
     return value
+
+
+def price(text: str) -> float:
+    """Money: a finite number, 0 or more. Raises ValueError."""
+    with contextlib.suppress(ValueError):
+        if (value := real(text)) >= 0:
+            return value
+    raise ValueError(f"{text!r} is not a price such as 1.20")
 
 
 def seconds(text: str) -> float:

@@ -57,7 +57,7 @@ class ExportFlags:
     step: int | None = flag(None, "checkpoint of this step instead of the newest")
     float_type: Literal["f32", "f16"] = flag("f16", "numbers in a GGUF file: f32 is exact, f16 half as large")
     data: str = flag("", "the token dataset of the run, for the model card")
-    price_per_hour: float | None = flag(None, "what the machine cost, for the model card")
+    price_per_hour: float | None = flag(None, "what the machine cost, for the model card", parse=flags.price)
     from_: tuple[str, ...] = flag((), "hf FOLDER: the other way round, a GPT2LMHeadModel folder into a new run, --out")
     out: str = flag("", "with --from: the run to make, the --out with which train/run.py goes on")
 

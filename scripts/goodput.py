@@ -41,7 +41,7 @@ class GoodputFlags:
     """Flags of scripts/goodput.py."""
 
     run: str = flag("out", "run folder or URL: the --out of train/run.py", env="PERENNIAL_OUT")
-    price_per_hour: float | None = flag(None, "what the machine costs while it is up")
+    price_per_hour: float | None = flag(None, "what the machine costs while it is up", parse=flags.price)
     paid_when_down: bool = flag(False, "the machine costs the same while no trainer runs on it")
     json: bool = flag(False, "print one JSON object")
 

@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 import prep.settings
 import train.config
 from cli import flags
-from cli.flags import flag, number, seconds
+from cli.flags import flag, number, price, seconds
+from scripts.export import ExportFlags
+from scripts.goodput import GoodputFlags
 from train.config import TrainConfig
 
 ROOT = Path(__file__).parent.parent
@@ -168,6 +170,20 @@ def test_numbers_people_write(text, value):
 def test_what_is_no_number(text):
     with pytest.raises(ValueError, match=r"not a (whole )?number"):
         number(text)
+
+
+@pytest.mark.parametrize("config", [TrainConfig, GoodputFlags, ExportFlags])
+@pytest.mark.parametrize("text", ["-1", "-0.01", "nan", "inf", "-inf", "1e999", "free", ""])
+def test_what_is_no_price(config, text, capsys):
+    with pytest.raises(SystemExit) as e:
+        flags.parse(config, [f"--price-per-hour={text}"], prog="p", description="")
+    assert e.value.code == 2
+    assert capsys.readouterr().err == f"error: argument --price-per-hour: {text!r} is not a price such as 1.20\n"
+
+
+@pytest.mark.parametrize(("text", "value"), [("1.20", 1.2), ("0", 0.0), ("3600", 3600.0)])
+def test_prices_people_write(text, value):
+    assert price(text) == value
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cli.errors import UserError
-from cli.flags import flag, number, seconds
+from cli.flags import flag, number, price, seconds
 from gpt.model import GPTConfig
 from gpt.presets import preset
 from store import drive, fs
@@ -54,7 +54,7 @@ class TrainConfig:
     resume: bool = flag(False, "go on from the newest complete checkpoint in --out; start when there is none")
     dry_run: bool = flag(False, "print memory, time, money and what stands in the way, and end; nothing is written")
     preflight: bool = flag(False, "also try three real steps, a save and a restore beside --out, and say go or no go")
-    price_per_hour: float | None = flag(None, "what the machine costs, for what is said of money")
+    price_per_hour: float | None = flag(None, "what the machine costs, for what is said of money", parse=price)
 
     model: str = flag(
         "auto",
@@ -230,7 +230,7 @@ def check(config: TrainConfig) -> None:
     at_least = {"steps": 1, "epochs": 0, "tokens": 1, "batch": 1, "micro_batch": 1, "warmup": 0, "lr": 0, "clip": 0,
                 "weight_decay": 0, "log_every": 1, "eval_every": 0, "eval_tokens": 1, "sample_every": 0,
                 "save_every": 0, "save_every_minutes": 0, "preemption_minutes": 0, "max_unsaved_minutes": 0,
-                "max_skipped": 1, "grace_seconds": 0, "price_per_hour": 0, "keep": 1, "block_size": 1, "cache_limit": 1,
+                "max_skipped": 1, "grace_seconds": 0, "keep": 1, "block_size": 1, "cache_limit": 1,
                 "lora_rank": 0, "lora_alpha": 0}  # fmt: skip
     for name, least in at_least.items():
         value = getattr(config, name)
