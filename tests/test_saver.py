@@ -6,6 +6,7 @@ import json
 import os
 import threading
 import time
+import types
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from train.config import TrainConfig
 from train.exits import UNSAVED
 from train.folder import RunFolder
 from train.precision import choose_machine
-from train.saver import Saver
+from train.saver import Saver, Snapshot
 
 
 def make_saver(out, **settings):
@@ -64,6 +65,32 @@ def test_a_snapshot_takes_one_more_state_of_memory_and_never_more(tmp_path):
     saver.begin(2, tensors(2), state(2))
     saver.finish(20)
     assert {t.data_ptr() for named in saver.snapshot.buffers.values() for t in named.values()} == homes
+
+
+@pytest.mark.parametrize("code", [0, 2])
+def test_what_is_page_locked_is_unlocked_before_it_is_freed(monkeypatch, code):
+    """With a stand-in for CUDA that grants or refuses; a GPU that refuses is not to be had for a test."""
+    locked, kernels = {}, []
+    cudart = types.SimpleNamespace(
+        cudaHostRegister=lambda at, n_bytes, _: locked.update({at: n_bytes} if code == 0 else {}) or code,
+        cudaHostUnregister=locked.pop,
+    )
+
+    def full(*args, **kwargs):
+        kernels.append(kwargs["device"])
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    monkeypatch.setattr(torch, "full", full)
+    snapshot = Snapshot(choose_machine("cpu", "fp32", "off"))
+    for size in (10, 20):
+        snapshot._allocate({"model.safetensors": {"w": torch.ones(size)}}, on_gpu=True)
+        home = snapshot.buffers["model.safetensors"]["w"]
+        assert home.shape == (size,)
+        assert list(locked) == ([home.data_ptr()] if code == 0 else [])
+    del snapshot
+    assert locked == {}
+    assert len(kernels) == (2 if code else 0)  # the refusal is not left for the next step's kernel to raise
 
 
 def test_the_last_state_is_saved_as_it_lies(tmp_path):

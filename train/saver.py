@@ -1,8 +1,11 @@
 """Asynchronous saves: the loop copies the state between two steps and goes on; a thread writes, proves and commits it."""
 
+import contextlib
 import math
 import threading
 import time
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,6 +41,7 @@ class Snapshot:
         self.buffers: dict[str, dict[str, Tensor]] = {}  # by part and name: views of the block
         self.copied: torch.cuda.Event | None = None
         self.aside = torch.cuda.Stream(machine.device) if machine.device.type == "cuda" else None
+        self.unlock: Callable[[], object] = lambda: None  # undoes the page-locking
 
     def guard(self, optimizer: Optimizer) -> None:
         """Have its steps wait for copies under way. Forward and backward passes change nothing that is copied: they need not."""
@@ -77,11 +81,12 @@ class Snapshot:
         return self.buffers
 
     def _allocate(self, parts: dict[str, dict[str, Tensor]], on_gpu: bool) -> None:
+        self.wait()  # nothing is on its way to the block that goes
+        self.unlock()
         self.buffers = {}
         block = torch.empty(sum(_padded(t) for named in parts.values() for t in named.values()), dtype=torch.uint8)
-        if on_gpu:
-            # `pin_memory=True` would round each tensor up to a power of two. Refused (no rights), copies merely wait.
-            torch.cuda.cudart().cudaHostRegister(block.data_ptr(), block.nbytes, 1)
+        if on_gpu and _page_lock(block, self.machine.device):
+            self.unlock = weakref.finalize(self, torch.cuda.cudart().cudaHostUnregister, block.data_ptr())
         at = 0
         for part, tensors in parts.items():
             self.buffers[part] = {}
@@ -93,6 +98,16 @@ class Snapshot:
         """Until the copies are complete."""
         if self.copied is not None:
             self.copied.synchronize()
+
+
+def _page_lock(block: Tensor, gpu: torch.device) -> bool:
+    """True when copies from the GPU go to this block behind the host's back; refused (no rights), copies merely wait."""
+    # `pin_memory=True` would round each tensor up to a power of two
+    if int(torch.cuda.cudart().cudaHostRegister(block.data_ptr(), block.nbytes, 1)) == 0:
+        return True
+    with contextlib.suppress(RuntimeError):  # CUDA keeps the refusal for the next kernel's check to raise: this one's
+        torch.full((1,), 1.0, device=gpu)
+    return False
 
 
 class BystandingSaver:
