@@ -430,12 +430,12 @@ def test_a_limit_of_nothing_is_refused(many, tmp_path):
 
 
 def test_a_restart_is_measured(tmp_path, capsys):
-    """The benchmark's small setting: its trainers take their first steps, and wait for data but briefly."""
-    flags = ("--size", "20MB", "--shard-tokens", "2M", "--rate", "50MB", "--scratch", tmp_path)
+    """The benchmark's small setting: its trainers take their first steps long before the line could bring all data, 10 s."""
+    flags = ("--size", "20MB", "--shard-tokens", "2M", "--rate", "2MB", "--scratch", tmp_path)
     assert bench_restart.main([*map(str, flags)]) == 0
     lines = re.findall(
         r"^(new|same) machine +first step after ([\d.]+) s: .*; ([\d.]+) s", capsys.readouterr().out, re.M
     )
     assert [name for name, _, _ in lines] == ["new", "same"]
-    assert all(float(data_s) < float(total_s) for _, total_s, data_s in lines)
+    assert all(float(data_s) < min(float(total_s), 5) for _, total_s, data_s in lines)
     assert not list(tmp_path.iterdir())
