@@ -14,7 +14,8 @@ RUN apt-get update \
 
 WORKDIR /opt/perennial
 COPY requirements.txt ./
-RUN python3 -m pip install --no-cache-dir -r requirements.txt
+# with s3fs, for s3:// too; asked for together, so that one fsspec fits both drivers
+RUN python3 -m pip install --no-cache-dir -r requirements.txt "s3fs>=2025.3.0"
 COPY cli ./cli
 COPY store ./store
 COPY gpt ./gpt

@@ -1,5 +1,6 @@
 """What the pages name is there."""
 
+import json
 import re
 
 import pytest
@@ -17,6 +18,16 @@ def test_links_lead_somewhere(page):
             assert (page.parent / link).exists(), link
     if page.parent.name == "docs":
         assert f"docs/{page.name}" in (ROOT / "README.md").read_text("utf-8"), "the README does not lead to this page"
+
+
+def test_the_badge_opens_the_notebook_of_the_repository_that_it_clones():
+    notebook = json.loads((ROOT / "scripts/perennial.ipynb").read_text())
+    text = "".join(line for cell in notebook["cells"] for line in cell["source"])
+    owner = re.search(r'REPO = "https://github.com/([\w.-]+/[\w.-]+)"', text)[1]
+    badge = f"https://colab.research.google.com/github/{owner}/blob/main/scripts/perennial.ipynb"
+    for page in (text, (ROOT / "README.md").read_text(), (ROOT / "docs/colab.md").read_text()):
+        assert set(re.findall(r"https://colab\.research\.google\.com/github/[^)\s]+", page)) == {badge}
+    assert f"git clone --depth 1 https://github.com/{owner} " in (ROOT / "docs/colab.md").read_text()
 
 
 def test_programs_and_their_flags_exist():

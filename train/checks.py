@@ -22,7 +22,7 @@ from store.shards import default_cache
 from train.precision import Machine
 
 ROOT = Path(__file__).resolve().parent.parent
-PATIENCE_S = 20.0  # for a look at storage: a mistyped bucket fails as one does whose server restarts
+PATIENCE_S = 10.0  # for a look at storage: a mistyped bucket fails as one does whose server restarts
 OUR_SHARE = 0.1  # of a GPU's memory that somebody else may hold before it is worth a word
 
 
@@ -43,8 +43,8 @@ def out_of(url: str) -> Check:
     data = secrets.token_bytes(1024)
     try:
         with retry.patience(PATIENCE_S):
+            fs.put_bytes(probe, data)  # a whole one, or none that would have to be removed
             try:
-                fs.put_bytes(probe, data)
                 if fs.read_bytes(probe) != data:
                     return Check(
                         "out", f"{where} gave back other bytes than were written: give another --out", ok=False

@@ -173,7 +173,7 @@ class RunFolder:
                 checkpoint.step_name(e["step"], e["attempt"])
                 for e in lines
                 if e.get("event") == "saved" and e.get("tier") == tier
-                and isinstance(e.get("step"), int) and isinstance(e.get("attempt"), int)
+                and isinstance(e.get("step"), int) and isinstance(e.get("attempt"), int) and min(e["step"], e["attempt"]) >= 0
             }  # fmt: skip
         names[self.url] |= set(self.saved_last())
         return names

@@ -2,7 +2,7 @@
 
 from cli.errors import USER_ERRORS
 from cli.progress import count
-from store import fs
+from store import fs, retry
 from train import checkpoint, checks, loggers, rehearsal
 from train import config as settings
 from train.checks import Check
@@ -16,10 +16,14 @@ from train.plan import Plan, describe, make_plan
 def main(config: TrainConfig, given: frozenset[str]) -> int:
     """Print what the run will take and what stands in its way; with --preflight try it. FINISHED (go) or USER_ERROR."""
     found: list[Check] = []
-    plan = make_plan(config, given, found)
-    if plan:
-        describe(plan)
-    found += look(plan.config if plan else config, plan)
+    far = [fs.redact(url) for url in (config.data, config.out) if not fs.is_local(url)]
+    if far:
+        print(f"looking    at {' and '.join(far)}", flush=True)
+    with retry.patience(checks.PATIENCE_S):
+        plan = make_plan(config, given, found)
+        if plan:
+            describe(plan)
+        found += look(plan.config if plan else config, plan)
     print()
     for check in found:
         print(f"{'ok   ' if check.ok else 'NO   '} {check.name:<10} {check.text}")
