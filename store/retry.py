@@ -47,7 +47,7 @@ TRANSIENT_ERRNOS = {
 MOUNT_GONE = (errno.ENOTCONN, errno.ESTALE)
 # S3's answers to bytes that changed or ended on their way, which s3fs calls invalid arguments, and to an upload that is
 # over: s3fs asks again to complete one that was completed, where the answer was lost, and calls that a missing file
-BEGIN_AGAIN = ("BadDigest", "IncompleteBody", "InvalidPart", "NoSuchUpload", "RequestTimeout",
+BEGIN_AGAIN = ("BadDigest", "EntityTooSmall", "IncompleteBody", "InvalidPart", "NoSuchUpload", "RequestTimeout",
                "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch")  # fmt: skip
 REMOUNT = ("the mount dropped: mount it again (in Colab stop this cell, run drive.mount('/content/drive', "
            "force_remount=True), then this cell): what was saved is kept")  # fmt: skip
