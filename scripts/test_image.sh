@@ -42,10 +42,10 @@ make_base() { # a Debian with Python and torch's CPU build, of packages that thi
     debootstrap --variant=minbase --include=python3,python3-pip,ca-certificates bookworm "$root" >"$WORK/debootstrap.log"
     "$PYTHON" -m pip download -qq --only-binary :all: --python-version 3.11 --implementation cp \
       --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 --platform linux_x86_64 \
-      -d "$root/wheels" -r requirements.txt -c constraints.txt
+      -d "$root/wheels" -r requirements.txt s3fs -c constraints.txt
     cp requirements.txt "$root/wheels"
     chroot "$root" env -i PATH=/usr/bin:/bin python3 -m pip install -q --break-system-packages --root-user-action ignore --no-index --find-links /wheels \
-      -r /wheels/requirements.txt
+      -r /wheels/requirements.txt s3fs
     rm -rf "$root/wheels" "$root/var/cache/apt/archives"/*.deb
     touch "$root/done"
   fi

@@ -24,6 +24,9 @@ API = re.compile(
 )
 
 
+MOST_SESSIONS = 20  # uploads that are begun and not complete
+
+
 @dataclass
 class FakeGCS(FaultyServer):
     """`with FakeGCS() as server`: a bucket of any name is there, and anyone may use it.
@@ -31,7 +34,7 @@ class FakeGCS(FaultyServer):
     Kinds: upload (small, one request), session, chunk, cancel (of a resumable upload), info, read, list, delete, copy.
     """
 
-    sessions: dict[str, tuple[str, bytearray]] = field(default_factory=dict)
+    sessions: dict[str, tuple[str, bytearray | None]] = field(default_factory=dict)  # None: the upload is complete
     numbers: Any = field(default_factory=count)
 
     @property
@@ -60,6 +63,8 @@ class FakeGCS(FaultyServer):
         if m["door"] == "download/" or query.get("alt") == "media":
             kind = "read"
         elif m["door"] == "upload/" and "session" in query:
+            if query["session"] not in self.sessions:
+                raise web.HTTPGone
             kind, name = "cancel" if request.method == "DELETE" else "chunk", self.sessions[query["session"]][0]
         elif m["door"] == "upload/":
             kind = "session" if query["uploadType"] == "resumable" else "upload"
@@ -116,6 +121,9 @@ class FakeGCS(FaultyServer):
 
     def _session(self, request: web.Request, name: str, body: bytes, fault: object) -> web.Response:
         number = str(next(self.numbers))
+        begun = [n for n, (_, data) in self.sessions.items() if data is not None]
+        for old in begun[:-MOST_SESSIONS]:  # whoever began them is gone, and an hour of them filled 20 GB
+            del self.sessions[old]
         self.sessions[number] = (name, bytearray())
         bucket = name.split("/")[0]
         match = "&ifGenerationMatch=0" if request.query.get("ifGenerationMatch") == "0" else ""
@@ -123,6 +131,8 @@ class FakeGCS(FaultyServer):
 
     def _chunk(self, request: web.Request, name: str, body: bytes, fault: object) -> web.Response:
         data = self.sessions[request.query["session"]][1]
+        if data is None:  # asked again, as its answer was lost
+            return self._info(request, name, body, fault)
         first, last, total = map(
             int, re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", request.headers["Content-Range"]).groups()
         )
@@ -131,6 +141,7 @@ class FakeGCS(FaultyServer):
         data[first:] = body
         if last + 1 < total or fault == "partial":
             return web.Response(status=308, headers={"Range": f"bytes=0-{len(data) - 1}"})
+        self.sessions[request.query["session"]] = (name, None)
         return self._upload(request, name, bytes(data), fault)
 
     def _cancel(self, request: web.Request, name: str, body: bytes, fault: object) -> web.Response:
