@@ -321,6 +321,7 @@ def main(argv: list[str] | None = None) -> int:
     (folder / "disk").mkdir()
     mounted = mount_small_disk(folder)
     server = Bucket(folder) if args.out == "gs" else None
+    soak: Soak | None = None
     quiet: subprocess.Popen | None = None
     try:
         data = Path(args.data).expanduser().resolve() if args.data else make_data(folder)
@@ -346,6 +347,8 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         if quiet:
             quiet.kill()
+        if soak and soak.process and soak.process.poll() is None:
+            soak.process.send_signal(signal.SIGKILL)
         if server:
             server.process.send_signal(signal.SIGCONT)
             server.process.kill()
