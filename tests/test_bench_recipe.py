@@ -64,6 +64,7 @@ def test_names():
     assert name_of((*MODERN, "zero_head")) == "modern + zero_head"
 
 
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
 def test_trials_are_kept_and_the_tables_told(data, tmp_path, capsys):
     output = tmp_path / "recipe.json"
     flags = ["--data", str(data), "--output", str(output), "--sizes", "1x16", "--tokens", "4K", "--block-size", "32",

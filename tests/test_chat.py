@@ -138,6 +138,7 @@ def test_in_a_terminal(talker, tmp_path, monkeypatch):
     t.until(r"model  .")
     t.type("\x03")  # an answer is stopped, the chat is not
     t.until("you    ")
+    time.sleep(0.5)  # Python forgets a Ctrl-C that comes between its prompt and its first look for a key
     t.type("\x03")
     t.until(r"/quit or Ctrl-D leaves.*you    ")
     t.type("/max-tokens 4\r")
