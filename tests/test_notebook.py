@@ -75,6 +75,7 @@ def colab(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "stub"))
     monkeypatch.setenv("COLAB_RELEASE_TAG", "release-colab-test")
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("SHELL", "/bin/bash")  # Colab's `!` too; Debian's sh answers a Ctrl-C with a code of its own
     monkeypatch.setenv("PIP_NO_INDEX", "1")  # what is installed must be enough
     work = tmp_path / "content"
     work.mkdir()
