@@ -16,7 +16,6 @@ if __name__ == "__main__":  # Python put this file's folder first in sys.path: t
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import json
-import math
 import os
 import resource
 import statistics
@@ -183,8 +182,9 @@ def show(args: BenchFlags, rows: list[dict[str, object]], facts: dict[str, objec
     print(f"{'':34}tokens/s  ours is  in CPU s    MFU  peak GB  first step s    loss")
     for row in rows:
         mfu = f"{row['mfu']:.1%}" if row["mfu"] else "-"
+        loss = "-" if row["loss"] is None else f"{row['loss']:.3f}"
         print(f"{NAMES[row['contestant']]:32}{row['tokens_per_s']:10,.0f}{row['ours_is_faster_by']:8.2f}x{row['ours_is_faster_by_in_cpu_s']:9.2f}x{mfu:>7}"
-              f"{row['peak_memory_gb']:9.2f}{row['first_step_s']:14.1f}{row['loss'] or math.nan:8.3f}")  # fmt: skip
+              f"{row['peak_memory_gb']:9.2f}{row['first_step_s']:14.1f}{loss:>8}")  # fmt: skip
 
 
 # ---- the contestants ------------------------------------------------------------------------------------------------

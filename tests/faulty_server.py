@@ -74,10 +74,10 @@ class FaultyServer:
             await self.runner.setup()
             await web.TCPSite(self.runner, "127.0.0.1", 0).start()
             self.url = f"http://127.0.0.1:{self.runner.addresses[0][1]}"
-            started.set()
 
         def work() -> None:
             self.loop.run_until_complete(serve())
+            self.loop.call_soon(started.set)  # not in serve(): a stop that came before it returned would be forgotten
             self.loop.run_forever()
             self.loop.run_until_complete(self.runner.cleanup())
             self.loop.close()
