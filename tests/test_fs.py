@@ -12,10 +12,10 @@ import time
 from pathlib import Path
 
 import aiohttp
-import fsspec
 import gcsfs.retry
 import google.auth.exceptions
 import pytest
+from fsspec.registry import _registry as drivers
 
 from store import fs, retry
 from store.errors import DataError, NotFound, StoreError
@@ -272,7 +272,7 @@ def test_unknown_kind_and_missing_driver(monkeypatch):
     """Both are one line, at once; a missing driver is named."""
     with pytest.raises(StoreError, match=r"^ftpx://h/x: unknown kind of URL 'ftpx://'; use a path, gs://, s3://"):
         fs.read_bytes("ftpx://alice:hunter2@h/x")
-    monkeypatch.delitem(fsspec.registry._registry, "s3", raising=False)  # it may have been imported before
+    monkeypatch.delitem(drivers, "s3", raising=False)  # it may have been imported before
     monkeypatch.setitem(sys.modules, "s3fs", None)  # importing it fails, as where it is not installed
     with pytest.raises(StoreError, match=r"pip install s3fs$"):
         fs.list_folder("s3://bucket/x")
