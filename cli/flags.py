@@ -37,12 +37,19 @@ def number(text: str) -> int:
     unit = m and (m[2] + m[3]).upper()
     if not m or unit not in UNITS:
         raise ValueError(f"{text!r} is not a number such as 300, 2.5G or 50MB")
+    if not unit and text.strip().upper().endswith("B"):
+        raise ValueError(f"{text!r} is not a number: B alone is bytes to some and billions to others; write G for 10^9")
     value = Decimal(m[1].replace("_", "")) * UNITS[unit]  # float would change a large seed
     if value >= 2**63:
         raise ValueError(f"{text!r} is too large")
     if value != int(value):
         raise ValueError(f"{text!r} is not a whole number")
     return int(value)
+
+
+def tokens(text: str) -> int:
+    """A number of tokens: as `number`, and 28B are 28 billion. Raises ValueError."""
+    return number(re.sub(r"(?<=[0-9])\s*[Bb]$", "G", text.strip()))
 
 
 def real(text: str) -> float:

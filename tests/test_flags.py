@@ -154,7 +154,7 @@ def test_mutable_defaults_are_refused():
     ("text", "value"),
     [
         ("300", 300), ("0", 0), ("1_000", 1000), ("1e9", 10**9), ("1E3", 1000), ("50MB", 50_000_000), ("50mb", 50_000_000),
-        ("2.5G", 2_500_000_000), ("2.5 GB", 2_500_000_000), ("16KiB", 16_384), ("1GiB", 2**30), (" 7 ", 7), ("7B", 7),
+        ("2.5G", 2_500_000_000), ("2.5 GB", 2_500_000_000), ("16KiB", 16_384), ("1GiB", 2**30), (" 7 ", 7),
         ("0.1K", 100), ("2.3M", 2_300_000), ("1.5e3", 1500), ("9007199254740993", 9_007_199_254_740_993),
     ],
 )  # fmt: skip
@@ -165,11 +165,19 @@ def test_numbers_people_write(text, value):
 
 @pytest.mark.parametrize(
     "text", ["", " ", "x", "1.5", "0.0001K", "-1", "+1", "1e-3", "1e400", "1e999999999", ".5", "5.", "1,000", "1 2", "M",
-             "1ib", "1TiB", "5X", "0x10", "nan", "inf", "_1", "١", "1e", "1KK"],
+             "1ib", "1TiB", "7B", "1.5 b", "5X", "0x10", "nan", "inf", "_1", "١", "1e", "1KK"],
 )  # fmt: skip
 def test_what_is_no_number(text):
     with pytest.raises(ValueError, match=r"not a (whole )?number"):
         number(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("28B", 28 * 10**9), ("1.5 b", 15 * 10**8), ("2.5G", 25 * 10**8), ("9", 9)]
+)
+def test_tokens_are_counted_in_billions(text, value):
+    """Bytes are not: a number of them with B alone is refused."""
+    assert flags.parse(TrainConfig, ["--tokens", text], prog="p", description="")[0].tokens == value
 
 
 @pytest.mark.parametrize("config", [TrainConfig, GoodputFlags, ExportFlags])

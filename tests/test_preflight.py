@@ -31,6 +31,19 @@ def test_a_dry_run_tells_and_writes_nothing(data, tmp_path, capsys):
     assert "NO" not in told
 
 
+def test_before_there_is_data(tmp_path, capsys):
+    """What it will cost is asked before a corpus is prepared."""
+    flags = ("--data", tmp_path / "nothing", "--out", tmp_path / "out", "--model", "gpt2_small", "--dry-run")
+    assert train(*flags) == 2
+    told = capsys.readouterr().out
+    assert re.search(r"^run .* = 2\.7G tokens, assumed: 32,000 ids, 20 tokens a parameter;", told, re.M)
+    assert re.search(r"^A100 .* [\d:]+ +\d+\.\d\d  \S+/h: ", told, re.M)
+    assert re.findall(r"^no go .*", told, re.M) == re.findall(r"^no go      data: .*", told, re.M) != []
+    assert train(*flags, "--tokens", "28B") == 2
+    assert re.search(r"^run .* = 28\.0G tokens, assumed: 32,000 ids;", capsys.readouterr().out, re.M)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_run_that_was_begun_is_looked_at_from_where_it_is(data, tmp_path, capsys):
     flags = ("--data", data, "--out", tmp_path / "out", "--resume")
     assert train(*flags, *QUICK) == 0

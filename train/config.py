@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cli.errors import UserError
-from cli.flags import flag, number, price, seconds
+from cli.flags import flag, number, price, seconds, tokens
 from gpt.model import GPTConfig
 from gpt.presets import preset
 from store import drive, fs
@@ -91,7 +91,7 @@ class TrainConfig:
 
     steps: int | None = flag(None, "run length in optimizer steps")
     epochs: float | None = flag(None, "run length in passes over the data (default: 1)")
-    tokens: int | None = flag(None, "run length in tokens: 2.5G")
+    tokens: int | None = flag(None, "run length in tokens: 28B, 500M", parse=tokens)
     batch: int | None = flag(None, "sequences per optimizer step, over all micro-batches (default: by model)")
     micro_batch: int | str = flag(
         AUTO,

@@ -1,5 +1,6 @@
 """What a run will be, as far as that is known before it begins: settings, shape, machine, data, length and memory."""
 
+import dataclasses
 from dataclasses import dataclass
 
 from cli.errors import USER_ERRORS
@@ -20,6 +21,8 @@ from train.weights import load_weights
 
 PARTS = {"wte": "token embedding", "wpe": "position embedding", "attn": "attention", "mlp": "MLP", "norm": "norms",
          "head": "head"}  # fmt: skip
+VOCAB_SIZE = 32000  # of a plan without data: what prep/tokenize_bpe.py makes unless told otherwise
+TOKENS_A_PARAMETER = 20  # its length unless told: what a compute-optimal run takes (Hoffmann et al., arXiv:2203.15556)
 
 
 @dataclass(frozen=True)
@@ -29,10 +32,10 @@ class Plan:
     config: TrainConfig
     shape: GPTConfig
     machine: Machine
-    data: Data
+    data: Data | None  # None: it cannot be read, or is not made yet
     total: int  # steps
     step: int  # done already
-    epoch_tokens: int
+    extent: str  # the epochs that this is; without data what was assumed in their place
     micro_batch: int
     recompute: bool
 
@@ -95,19 +98,24 @@ def make_plan(config: TrainConfig, given: frozenset[str], found: list[Check]) ->
                            f"{count(sum(s.stored_bytes for s in shards))}B"))  # fmt: skip
     except USER_ERRORS as e:
         found.append(Check("data", str(e), ok=False))
-    if any(not c.ok for c in found) or not machine or not data:
+    if any(not c.ok and c.name != "data" for c in found) or not machine or (record and not data):
         return None
     try:
         config = settings.with_recipe(config, machine.device.type)
-        shape = settings.model_config(config, data.tokens.vocab_size)
-        batches = data.batches(config)
+        shape = settings.model_config(config, data.tokens.vocab_size if data else VOCAB_SIZE)
+        windows = data.batches(config).windows_per_epoch if data else None
     except USER_ERRORS as e:
         found.append(Check("settings", str(e), ok=False))
         return None
-    total = settings.total_steps(config, batches.windows_per_epoch)
+    assumed = f"{shape.vocab_size:,} ids"
+    if not windows and config.steps is None and config.tokens is None:
+        config = dataclasses.replace(config, tokens=TOKENS_A_PARAMETER * sum(estimate.count_by_part(shape).values()))
+        assumed += f", {TOKENS_A_PARAMETER} tokens a parameter"
+    total = settings.total_steps(config, windows or 0)
+    left = total - min(step, total)
+    extent = f"{left * config.batch / windows:.2f} epochs" if windows else f"assumed: {assumed}"
     size, recompute = _micro_batch(config, shape, machine)
-    epoch_tokens = batches.windows_per_epoch * config.block_size
-    return Plan(config, shape, machine, data, total, min(step, total), epoch_tokens, size, recompute)
+    return Plan(config, shape, machine, data, total, min(step, total), extent, size, recompute)
 
 
 def _micro_batch(config: TrainConfig, shape: GPTConfig, machine: Machine) -> tuple[int, bool]:
@@ -131,7 +139,7 @@ def describe(plan: Plan) -> None:
     print("           " + ", ".join(f"{PARTS[part]} {n / 1e6:.2f} M" for part, n in table.items() if n))
     tokens = plan.tokens_left
     print(f"run        {plan.total - plan.step} steps{f' (of {plan.total})' if plan.step else ''} of {config.batch} x "
-          f"{config.block_size} = {count(tokens)} tokens, {tokens / plan.epoch_tokens:.2f} epochs; "
+          f"{config.block_size} = {count(tokens)} tokens, {plan.extent}; "
           f"{estimate.run_flops(shape, tokens):.2g} FLOPs")  # fmt: skip
     print(f"memory     {count(held.total)}B at micro-batch {plan.micro_batch} in {plan.machine.precision}: weights {count(held.weights)}B"
           + (f", 16-bit copies {count(held.copies)}B" if held.copies else "") +

@@ -7,7 +7,7 @@ from train import checkpoint, checks, loggers, rehearsal
 from train import config as settings
 from train.checks import Check
 from train.config import TrainConfig
-from train.data import Data, available_bytes
+from train.data import available_bytes
 from train.exits import FINISHED, USER_ERROR
 from train.folder import RunFolder
 from train.plan import Plan, describe, make_plan
@@ -61,7 +61,7 @@ def look(config: TrainConfig, plan: Plan | None) -> list[Check]:
             found.append(checks.cache(config.cache_folder, 3 * size, "checkpoints on their way"))
         if (n_bytes := _cache_bytes(plan)) > 0:
             found.append(checks.cache(config.cache_folder, n_bytes, "unpacked shards (--cache-limit bounds them)"))
-        host = available_bytes() - (_raw_bytes(plan.data) if plan.data.staging.preload else 0) - size
+        host = available_bytes() - _preloaded_bytes(plan) - size
         if host < 0:
             found.append(Check("host", f"memory for the data and a copy of the state lacks {count(-host)}B: give "
                                "--loading memmap", ok=False))  # fmt: skip
@@ -76,12 +76,18 @@ def look(config: TrainConfig, plan: Plan | None) -> list[Check]:
     return [*found, checks.versions()]
 
 
-def _raw_bytes(data: Data) -> int:
-    return sum(s.tokens for s in data.tokens.shards) * data.tokens.dtype.itemsize
+def _preloaded_bytes(plan: Plan) -> int:
+    """What the data will take of this machine's memory."""
+    if not plan.data or not plan.data.staging.preload:
+        return 0
+    tokens = plan.data.tokens
+    return sum(s.tokens for s in tokens.shards) * tokens.dtype.itemsize
 
 
 def _cache_bytes(plan: Plan) -> int:
     """What unpacked copies of shards will still take in this machine's cache."""
+    if not plan.data:
+        return 0
     staging, tokens = plan.data.staging, plan.data.tokens
     compressed = any(s.name.endswith(".zst") for s in tokens.shards)
     if not (staging.remote or (compressed and not staging.preload)):
