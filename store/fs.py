@@ -17,6 +17,7 @@ import stat
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import BinaryIO
 
@@ -93,6 +94,18 @@ def exists(url: str) -> bool:
         return attempt(url, "look up", work)
     except NotFound:
         return False
+
+
+def modified_s(url: str) -> float | None:
+    """When the name was last written, in seconds since 1970 by the store's clock; None where a store does not tell."""
+
+    def work() -> float | None:
+        fs, path = filesystem(url)
+        info = call(fs, "info", path)
+        when = info.get("mtime") or info.get("LastModified")  # of gcsfs, of s3fs
+        return when.timestamp() if isinstance(when, datetime) else when
+
+    return attempt(url, "look up", work)
 
 
 def read_bytes(url: str, start: int | None = None, stop: int | None = None) -> bytes:

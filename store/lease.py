@@ -61,9 +61,10 @@ class Lease:
         """Become the one writer of the folder `url`. Raises StoreError while another one is alive.
 
         `lock` names the local lock that the caller holds (`store.lock.hold`): a predecessor that held the same one is
-        dead, and is followed at once. So is one that released, and one whose stamp is six hours old. Any other is watched, on
-        this machine's monotonic clock, for one TTL; where its stamp is older than four, which a wrong clock's can be too, for
-        somewhat longer than a beat. Between looks `wait(seconds, its record)` is called, which sleeps, may tell, and may raise.
+        dead, and is followed at once. So is one that released, and one whose stamp is six hours old. Any other has to be silent
+        for one TTL: an object store's own clock tells since when it is, and for what is left it is watched, on this machine's
+        monotonic clock. On a disk its stamp tells, which a wrong clock's can do falsely: older than four TTL it is watched
+        for somewhat longer than a beat. Between looks `wait(seconds, its record)` is called, which sleeps, may tell, may raise.
         `info` goes into the record. Epochs begin after `above`, for a run whose leases were deleted.
         """
         while True:
@@ -156,7 +157,8 @@ def _outlive(
     age_s = time.time() - stamp if isinstance(stamp, int | float) else 0.0
     if last.get("released") or (lock and last.get("lock") == lock) or age_s > LONG_AGO_S:
         return
-    silent_until = time.monotonic() + (TTL_S if age_s <= 4 * TTL_S else 0.4 * TTL_S)  # a beat comes every 0.25
+    watch_s = TTL_S if age_s <= 4 * TTL_S else 0.4 * TTL_S  # a beat comes every 0.25
+    silent_until = time.monotonic() + min(watch_s, TTL_S - _silent_s(url, epoch))
     while time.monotonic() < silent_until:
         wait(TTL_S / 20, last)
         now = _read(url, epoch)
@@ -167,6 +169,20 @@ def _outlive(
                 f"{fs.redact(url)}: another trainer is writing there (host {now.get('host', 'unknown')}): "
                 "stop it, or give another --out"
             )
+
+
+def _silent_s(url: str, epoch: int) -> float:
+    """Since when an object store has seen no beat, by its own clock; 0 on a disk, and where a store does not tell."""
+    if fs.is_local(url):
+        return 0.0
+    probe = fs.join(url, FOLDER, f".now-{secrets.token_hex(4)}.tmp")
+    with contextlib.suppress(StoreError), retry.patience(TTL_S / 4):
+        fs.put_bytes(probe, b"\n")
+        now_s, beat_s = fs.modified_s(probe), fs.modified_s(_name(url, epoch))
+        fs.delete(probe)
+        if now_s and beat_s:
+            return max(now_s - beat_s, 0.0)
+    return 0.0
 
 
 def _newest(url: str, above: int) -> tuple[int, dict[str, Any] | None]:

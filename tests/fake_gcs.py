@@ -88,7 +88,9 @@ class FakeGCS(FaultyServer):
     def _about(self, name: str) -> dict[str, str]:
         data, (bucket, key) = self.objects[name], name.split("/", 1)
         md5 = base64.b64encode(hashlib.md5(data).digest()).decode()
-        return {"kind": "storage#object", "bucket": bucket, "name": key, "size": str(len(data)), "md5Hash": md5}
+        updated = f"{self.objects.when(name):%Y-%m-%dT%H:%M:%S.%f}"[:-3] + "Z"
+        return {"kind": "storage#object", "bucket": bucket, "name": key, "size": str(len(data)), "md5Hash": md5,
+                "updated": updated}  # fmt: skip
 
     def _list(self, request: web.Request, name: str, body: bytes, fault: object) -> web.Response:
         bucket, prefix, delimiter = name.split("/")[0], request.query.get("prefix", ""), request.query.get("delimiter")

@@ -14,7 +14,7 @@ from xml.sax.saxutils import escape
 import aiohttp
 from aiohttp import web
 
-from tests.faulty_server import FaultyServer, damaged
+from tests.faulty_server import FaultyServer, Objects, damaged
 
 CODES = {400: "BadDigest", 401: "Unauthorized", 403: "AccessDenied", 404: "NoSuchKey", 410: "Gone", 412: "PreconditionFailed",
          429: "TooManyRequests", 500: "InternalError", 503: "SlowDown"}  # fmt: skip
@@ -43,7 +43,7 @@ class FakeS3(FaultyServer):
         """As a new one."""
         for field_ in (self.seen, self.faults, self.hidden, self.deleted, self.sessions, self.etags):
             field_.clear()
-        self.objects, self.down_until = {}, 0.0
+        self.objects, self.down_until = Objects(), 0.0
 
     async def kind_of(self, request: web.Request, body: bytes) -> tuple[str, str, bytes]:
         """As the REST API tells them apart."""
@@ -111,7 +111,7 @@ class FakeS3(FaultyServer):
             return web.Response(status=200 if "/" not in name else 404)
         etag = self.etags.get(name) or hashlib.md5(self.objects[name]).hexdigest()
         headers = {"ETag": f'"{etag}"', "Content-Length": str(len(self.objects[name])),
-                   "Last-Modified": "Sat, 21 Nov 2026 00:00:00 GMT"}  # fmt: skip
+                   "Last-Modified": f"{self.objects.when(name):%a, %d %b %Y %H:%M:%S GMT}"}  # fmt: skip
         return web.Response(headers=headers)
 
     def _read(self, request: web.Request, name: str, body: bytes, fault: object) -> web.Response:

@@ -3,19 +3,36 @@
 import asyncio
 import random
 import threading
+import time
 from collections import Counter
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 
 from aiohttp import web
 
 UPLOADS = ("upload", "chunk", "part")
 
 
+class Objects(dict[str, bytes]):
+    """`written` has when each was stored, in seconds since 1970 by the server's clock, which may be wrong."""
+
+    def __init__(self) -> None:
+        self.written: dict[str, float] = {}
+        self.clock_ahead_s = 0.0
+
+    def __setitem__(self, name: str, data: bytes) -> None:
+        super().__setitem__(name, data)
+        self.written[name] = time.time() + self.clock_ahead_s
+
+    def when(self, name: str) -> datetime:
+        return datetime.fromtimestamp(self.written[name], UTC)
+
+
 @dataclass
 class FaultyServer:
     """`with Server() as server`: `objects` maps "bucket/key" to bytes, `seen` lists (kind of request, name)."""
 
-    objects: dict[str, bytes] = field(default_factory=dict)
+    objects: Objects = field(default_factory=Objects)
     seen: list[tuple[str, str]] = field(default_factory=list)
     faults: dict[str, list[int | str]] = field(default_factory=dict)
     hidden: set[str] = field(default_factory=set)  # objects that listings omit

@@ -94,8 +94,8 @@ def test_the_silent_is_followed_after_its_time(out, claim):
         first = claim(out)
         silence(first)
         record = {**stored(out, first.epoch), "time": stamp}
-        fs.put_bytes(fs.join(out, "leases", f"{first.epoch:08d}.json"), json.dumps(record).encode())
         started_s = time.monotonic()
+        fs.put_bytes(fs.join(out, "leases", f"{first.epoch:08d}.json"), json.dumps(record).encode())
         second = claim(out)
         assert TTL_S <= time.monotonic() - started_s < 3 * TTL_S
         assert second.epoch == first.epoch + 1
@@ -120,6 +120,30 @@ def test_an_old_stamp_is_watched_for_a_beat_one_of_long_ago_not_at_all(out, clai
     started_s = time.monotonic()
     assert claim(out).epoch == 2
     assert waits[0] * TTL_S <= time.monotonic() - started_s < waits[1] * TTL_S + 0.3
+
+
+@pytest.mark.parametrize("store", ["gcs", "s3"])
+@pytest.mark.parametrize("machine_ahead_s", [-3600, 0, 3600])
+@pytest.mark.parametrize("server_ahead_s", [-3600, 3600])
+def test_an_object_store_knows_since_when_its_writer_is_silent(
+    request, monkeypatch, claim, store, machine_ahead_s, server_ahead_s
+):
+    """Whose machine has gone is followed without a wait, once it has been silent for long enough: no machine's clock counts."""
+    monkeypatch.setattr(lease, "TTL_S", 8.0)
+    server, out = request.getfixturevalue(store), "gs://bucket/out" if store == "gcs" else "s3://bucket/out"
+    server.objects.clock_ahead_s = server_ahead_s
+    silence(claim(out))
+    for epoch, ago_s, waits in ((1, 9.1, (0, 2)), (2, 5.5, (1.4, 4.5))):  # S3 tells whole seconds
+        name = f"bucket/out/leases/{epoch:08d}.json"
+        record = {**stored(out, epoch), "time": time.time() + machine_ahead_s}
+        server.objects[name] = json.dumps(record).encode()
+        server.objects.written[name] -= ago_s
+        started_s = time.monotonic()
+        silence(claim(out))
+        assert waits[0] <= time.monotonic() - started_s < waits[1]
+        assert [n for n in server.objects if "leases" in n] == [
+            f"bucket/out/leases/{n + 1:08d}.json" for n in range(epoch + 1)
+        ]
 
 
 @pytest.mark.parametrize("out", ["local", "gs"], indirect=True)

@@ -21,6 +21,7 @@ from store import fs, lease, remote, retry
 from store.errors import StoreError, Unreachable
 from store.lease import Lease
 from tests.fake_s3 import S3Proxy
+from tests.faulty_server import Objects
 from tests.helpers import result, train
 from tests.test_resume import SMALL as TINY
 from train import checkpoint, mirror, run
@@ -36,12 +37,12 @@ SENDING = {
 }
 
 
-class Recorded(dict):
+class Recorded(Objects):
     """Remembers every value that a name ever had."""
 
-    def __init__(self, values):
-        super().__init__(values)
-        self.ever = {k: [v] for k, v in values.items()}
+    def __init__(self):
+        super().__init__()
+        self.ever = {}
 
     def __setitem__(self, name, value):
         super().__setitem__(name, value)
@@ -66,7 +67,7 @@ def server(request, monkeypatch):
     if request.param == "moto":
         return request.getfixturevalue("moto")
     server = request.getfixturevalue("gcs" if request.param == "gs" else "s3")
-    server.kind, server.objects = request.param, Recorded({})
+    server.kind, server.objects = request.param, Recorded()
     server.part_bytes = 5 << 19 if request.param == "gs" else 1 << 19  # gcsfs sends up to 5 MiB in one request
     monkeypatch.setattr(remote, "PART_BYTES", server.part_bytes)
     return server
