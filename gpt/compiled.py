@@ -80,9 +80,10 @@ class CompiledCache(KVCache):
             for _ in range(3):  # as torch's documentation asks: libraries set themselves up at their first calls
                 self.step(*inputs)
         torch.cuda.current_stream().wait_stream(aside)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # a server's other threads use the GPU too
             self.logits = self.step(*inputs)
+        self.graph = graph  # where recording failed there is none
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         if len(self.rows) == self.k.shape[1]:

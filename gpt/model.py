@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from gpt.errors import GPTError
 from gpt.loss import linear_cross_entropy
@@ -150,6 +151,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
+        self.recompute = False  # activations inside the blocks are computed again in the backward pass, not kept
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = None if config.modern else nn.Embedding(config.block_size, config.n_embd)
         self.embedding_dropout = nn.Dropout(config.dropout)
@@ -208,7 +210,10 @@ class GPT(nn.Module):
             angles, x = None, x + self.wpe(positions)
         x = self.embedding_dropout(x)
         for layer, block in enumerate(self.blocks):
-            x = block(x, angles, cache, layer)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, angles, use_reentrant=False)
+            else:
+                x = block(x, angles, cache, layer)
         return self.ln_f(x)
 
     def num_params(self) -> int:

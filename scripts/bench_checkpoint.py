@@ -29,7 +29,7 @@ from cli.flags import flag
 from gpt.presets import preset
 from train.config import TrainConfig
 from train.folder import RunFolder
-from train.precision import Machine, choose_machine
+from train.precision import Machine, choose_machine, keep_freed_memory
 from train.saver import Saver
 from train.state import State, new_state, state_tensors
 from train.step import to_device, train_step
@@ -55,6 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     """Print a table."""
     args, _ = flags.parse(BenchFlags, argv, prog="bench_checkpoint.py", description=__doc__.split("\n")[0])
     machine = choose_machine(args.device, args.precision, "auto")
+    keep_freed_memory(machine)
     config = TrainConfig(
         model=args.model, batch=args.batch, micro_batch=args.batch, block_size=args.block_size, lr=1e-4
     )

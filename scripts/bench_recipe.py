@@ -34,7 +34,7 @@ from scripts.benchmark import machine_facts, write_json
 from store.shards import TokenShards
 from train.batches import Batches, validation_windows
 from train.optim import make_optimizer
-from train.precision import Machine, choose_machine
+from train.precision import Machine, choose_machine, keep_freed_memory
 from train.schedule import learning_rate
 from train.step import to_device, train_step, validation_loss
 
@@ -137,6 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     if len(args.sizes) != len(args.tokens):
         raise UserError("--tokens: give as many numbers as --sizes")
     machine, tokens = choose_machine(args.device, args.precision, args.compile), TokenShards(args.data)
+    keep_freed_memory(machine)
     settings = {k: getattr(args, k) for k in ("block_size", "batch", "eval_tokens", "device", "precision", "compile")}
     conditions = {**machine_facts(args.device), "settings": settings,
                   "data": {"fingerprint": tokens.fingerprint, "vocab_size": tokens.vocab_size}}  # fmt: skip

@@ -157,6 +157,7 @@ def play(args: BenchFlags, players: list[Player]) -> list[dict[str, object]]:
                 "peak_memory_gb": round(last["peak_bytes"] / 1e9, 3),
                 "first_step_s": round(first[p.name]["seconds"], 2),
                 "loss": last["loss"],
+                "losses": [t["loss"] for t in turns[p.name]],
                 "attention": last["attention"],
                 "turns_s": [round(s, 4) for s in seconds],
                 "turns_cpu_s": [round(t["cpu_s"], 4) for t in turns[p.name]],
@@ -235,14 +236,17 @@ def contestant(args: BenchFlags) -> int:
     """Train as one of NAMES until the referee has seen enough."""
     import torch
 
-    from train.precision import attention_kernel, choose_machine
+    from train.precision import attention_kernel, choose_machine, keep_freed_memory
 
     compiled = "on" if args.role.endswith("compiled") or args.role == "ours" else "off"
     machine = choose_machine(args.device, args.precision, compiled)
     if not args.flash:
         torch.backends.cuda.enable_flash_sdp(False)  # a CPU asks it too
+        torch.backends.cuda.enable_cudnn_sdp(False)  # which a T4 lacks as well
+    if args.role.startswith("ours"):
+        keep_freed_memory(machine)  # as train/run.py does; the peers keep the allocator's own ways
     config = preset(args.model, **shape(args))
-    attention = attention_kernel(config.n_head, config.head_width, machine)
+    attention = attention_kernel(config, machine)
     turns = Turns(machine.synchronize, machine.device.type, machine.peak_flops(), attention)
     torch.manual_seed(1)
     play_as = ours if args.role.startswith("ours") else textbook if args.role.startswith("textbook") else trainer

@@ -7,10 +7,12 @@ in the backward pass. Calls are those that a step or a validation makes, refused
 import json
 import sys
 from collections.abc import Iterable
+from unittest import mock
 
 import torch
 from torch import Tensor
 
+import gpt.model
 from gpt.model import GPT
 
 
@@ -21,10 +23,11 @@ class Limited:
         self.limits, self.calls, self.refused, self.forward = [tuple(x) for x in limits], 0, 0, GPT.forward
 
     def __call__(self, model: GPT, ids: Tensor, targets: Tensor | None = None, **options: object) -> Tensor:
-        out = self.forward(model, ids, targets, **options)
+        with mock.patch.object(gpt.model, "checkpoint", wraps=gpt.model.checkpoint) as recomputing:
+            out = self.forward(model, ids, targets, **options)
         self.calls += 1
         rows = next((rows for first, rows in reversed(self.limits) if self.calls >= first), len(ids))
-        if len(ids) <= rows or (rows == 0 and model.recompute):
+        if len(ids) <= rows or (rows == 0 and model.recompute and (recomputing.called or not out.requires_grad)):
             return out
         self.refused += 1
         if out.requires_grad and self.refused % 2 == 0:

@@ -1,6 +1,7 @@
 """The estimate counts what torch really allocates, and its time and money follow from stated assumptions."""
 
 import contextlib
+import dataclasses
 
 import pytest
 import torch
@@ -13,9 +14,10 @@ from train.prices import GPUS
 SHAPE = {"vocab_size": 512, "block_size": 128, "n_layer": 4, "n_head": 4}
 
 
-def kept_for_backward(shape: GPTConfig, dtype: torch.dtype, batch: int) -> int:
+def kept_for_backward(shape: GPTConfig, dtype: torch.dtype, batch: int, *, recompute: bool = False) -> int:
     """Bytes that autograd holds on to after a forward pass, the parameters themselves left out."""
     model, kept = GPT(shape), {}
+    model.recompute = recompute
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
     def pack(t: torch.Tensor) -> torch.Tensor:
@@ -43,6 +45,27 @@ def test_activations_are_what_autograd_keeps(arch, precision, dtype, width):
     assert 0.99 < (told[8].activations - told[4].activations - joined) / (eight - four) < 1.08
     copies = 2 * four - eight - 4 * 512 * width  # less the head's gradient
     assert told[4].copies == pytest.approx(max(copies, 0), rel=0.05, abs=5e4)
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "modern"])
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+def test_recomputed_activations_are_not_kept(arch, precision, dtype):
+    """Of each layer its input alone; and those of one layer, which the backward pass has at a time."""
+    shape = GPTConfig(**SHAPE, n_embd=128, arch=arch)
+
+    def a_sequence(shape: GPTConfig, recompute: bool) -> float:
+        four, eight = (kept_for_backward(shape, dtype, batch, recompute=recompute) for batch in (4, 8))
+        return (eight - four) / 4
+
+    kept = a_sequence(shape, recompute=True)
+    one_layer = a_sequence(shape, recompute=False) - a_sequence(dataclasses.replace(shape, n_layer=3), recompute=False)
+    assert kept < 0.5 * a_sequence(shape, recompute=False)
+    told = [
+        estimate.memory(shape, precision=precision, micro_batch=n, optimizer="adamw", recompute=True).activations
+        for n in (4, 8)
+    ]
+    joined = shape.block_size * 4 * shape.n_embd
+    assert 0.95 < ((told[1] - told[0]) / 4 - joined) / (kept + one_layer) < 1.08
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])

@@ -6,10 +6,12 @@ import os
 import subprocess
 import sys
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
 
+from gpt import sample
 from gpt.model import GPT
 from gpt.presets import preset
 from tests.helpers import ROOT, error_of, result, train
@@ -23,6 +25,7 @@ from train.optim import optimizer_tensors
 from train.parallel import ALONE, Ranks
 from train.precision import Machine
 from train.state import new_state
+from train.step import train_step
 
 CPU = Machine(torch.device("cpu"), torch.float32, False)
 TINY = preset("tiny", vocab_size=300, block_size=32, n_embd=32, n_head=2, dropout=0.5)
@@ -81,6 +84,43 @@ def test_recomputed_activations_are_the_last_resort_and_change_no_bit(data, tmp_
         "out of memory with micro-batch 1: goes on with micro-batch 1 and activations recomputed from the same step"
     )
     assert warned in capfd.readouterr().err
+
+
+def _raise(error):
+    raise error
+
+
+def test_memory_that_ends_while_gradients_are_clipped_in_fp16(tmp_path, monkeypatch):
+    """There the scaler has divided them already, which it does once a step."""
+    machine = Machine(torch.device("cpu"), torch.float16, False)
+    ids = torch.randint(300, (4, 33), generator=torch.manual_seed(1))
+    weights = []
+    for fails in (False, True):
+        folder = RunFolder(str(tmp_path / str(fails)))
+        torch.manual_seed(1)
+        state = new_state(TrainConfig(batch=4, lr=1e-3), replace(TINY, dropout=0.0), machine)
+        micro = MicroBatch(TrainConfig(batch=4, micro_batch=4), state, machine, folder)
+        clip = torch.nn.utils.clip_grad_norm_
+        errors = [torch.OutOfMemoryError("CUDA out of memory.")] * fails
+        monkeypatch.setattr(
+            torch.nn.utils, "clip_grad_norm_", lambda *a, e=errors, c=clip: _raise(e.pop()) if e else c(*a)
+        )
+        for _ in range(2):
+            train_step_of = (state.model, state.model, state.optimizer, state.scaler, ids)
+            micro.run(train_step, *train_step_of, lr=1e-3, clip=1.0, machine=machine, stop=lambda: False)
+        monkeypatch.undo()
+        assert micro.size == (2 if fails else 4)
+        weights.append(torch.cat([p.detach().flatten() for p in state.model.parameters()]))
+    torch.testing.assert_close(*weights, rtol=1e-2, atol=1e-3)
+
+
+def test_no_memory_for_samples_ends_no_run(data, tmp_path, monkeypatch, capfd):
+    def fails(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(sample, "generate", fails)
+    assert train("--data", data, "--steps", 4, *SMALL, "--sample-every", 2, "--out", tmp_path / "out") == 0
+    assert capfd.readouterr().err.count("training goes on without them") == 2
 
 
 def test_where_nothing_helps_one_line_says_so_and_no_step_is_lost(data, quiet, tmp_path, monkeypatch):

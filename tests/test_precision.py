@@ -32,9 +32,10 @@ class Seen(TorchDispatchMode):
 @pytest.mark.parametrize(("allowed", "name"), KERNELS)
 def test_the_attention_kernel_named_is_the_one_that_runs(data, tmp_path, capsys, allowed, name):
     machine = choose_machine("cpu", "fp32", "off")
-    model = GPT(GPTConfig(vocab_size=50, block_size=16, n_layer=1, n_head=2, n_embd=32))
+    shape = GPTConfig(vocab_size=50, block_size=16, n_layer=1, n_head=2, n_embd=32)
+    model = GPT(shape)
     with sdpa_kernel(allowed):
-        assert attention_kernel(2, 16, machine) == name
+        assert attention_kernel(shape, machine) == name
         with Seen() as seen:
             model(torch.zeros(1, 16, dtype=torch.long))
         assert train("--data", data, "--out", tmp_path / "out", *QUICK) == 0

@@ -23,10 +23,11 @@ class Memory:
     moments: int  # the optimizer's
     activations: int  # of one micro-batch, kept for the backward pass
     loss: int  # logits of one chunk, and the head's gradient beside the one it is added to
+    undo: int  # what Muon's step would be taken back from, on a GPU: it lives when activations are gone
 
     @property
     def total(self) -> int:
-        return self.weights + self.copies + self.gradients + self.moments + self.activations + self.loss
+        return self.weights + self.copies + self.gradients + self.moments + max(self.activations + self.loss, self.undo)
 
 
 def memory(shape: GPTConfig, *, precision: str, micro_batch: int, optimizer: str, recompute: bool = False) -> Memory:
@@ -46,6 +47,7 @@ def memory(shape: GPTConfig, *, precision: str, micro_batch: int, optimizer: str
         # after the last layer: its norm's input, and the loss's gradient (twice, while it is scaled)
         activations=kept + tokens * (16 if shape.modern else 12) * shape.n_embd,
         loss=chunk_bytes(shape.vocab_size, tokens, half) + head * (4 + (half if half == 2 else 0)),
+        undo=8 * inside if optimizer == "muon" else 0,
     )
 
 

@@ -19,6 +19,7 @@ from train.config import TrainConfig
 from train.data import Data
 from train.folder import RunFolder
 from train.live import Display, Line
+from train.micro_batch import is_out_of_memory
 from train.parallel import ALONE, Ranks
 from train.precision import Machine, attention_kernel
 from train.state import State
@@ -147,7 +148,7 @@ def describe(
         else ""
     )
     print(f"machine    {several}{machine.name}, {machine.precision}, torch {torch.__version__}, compile "
-          f"{'on' if machine.compile else 'off'}, attention {attention_kernel(shape.n_head, shape.head_width, machine)}, {torch.get_num_threads()} threads")  # fmt: skip
+          f"{'on' if machine.compile else 'off'}, attention {attention_kernel(shape, machine)}, {torch.get_num_threads()} threads")  # fmt: skip
     begin = f"goes on from step {state.step}" if state.step else "starts"
     print(f"out        {fs.redact(folder.url)}: run {folder.run_id}, attempt {folder.attempt}, {begin}", flush=True)
 
@@ -174,11 +175,19 @@ def show_samples(
         tokenizer.render([("user", p)], reply=True) if data.chat else [tokenizer.end_of_text, *tokenizer.encode(p)]
         for p in config.prompts
     ]
-    with machine.autocast():
-        replies = sample.generate(
-            state.model, prompts, max_tokens=48, temperature=0.8, top_k=50, seed=config.seed + state.step,
-            stop_ids=(tokenizer.end_of_turn, tokenizer.end_of_text),
-        )  # fmt: skip
+    replies = None
+    try:
+        with machine.autocast():
+            replies = sample.generate(
+                state.model, prompts, max_tokens=48, temperature=0.8, top_k=50, seed=config.seed + state.step,
+                stop_ids=(tokenizer.end_of_turn, tokenizer.end_of_text),
+            )  # fmt: skip
+    except Exception as e:
+        if not is_out_of_memory(e):
+            raise
+    if replies is None:  # here the error is gone, and with it what it held
+        machine.free_cached_memory()
+        return folder.warn(f"no memory for the samples of step {state.step}: training goes on without them")
     texts = [tokenizer.decode(r, skip_special=True) for r in replies]
     lines = [f"sample     {p} -> {' '.join(t.split())}" for p, t in zip(config.prompts, texts, strict=True)]
     print("\n".join(lines), flush=True)

@@ -143,6 +143,7 @@ class MicroBatch:
             for size in divisors(self.batch, at_most):
                 if self._fits(size):
                     seconds = time.monotonic() - began_s
+                    self.machine.forget_peak_memory()  # of the tries
                     print(f"memory     micro-batch {size} fits, tried in {seconds:.1f} s", flush=True)
                     return size
         raise self._no_room()
@@ -181,6 +182,8 @@ class MicroBatch:
     def _try(self, size: int) -> None:
         model, optimizer, device = self.state.model, self.state.optimizer, self.machine.device
         ballast = torch.empty(int(SPARE * self.machine.memory_bytes()), dtype=torch.uint8, device=device)
+        if self.ranks.world > 1:  # DDP's buckets: gradients of micro-batches before the last are made beside them
+            ballast = ballast, torch.empty(sum(p.numel() for p in model.parameters()), device=device)
         ids = torch.zeros((size, model.config.block_size + 1), dtype=torch.int64, device=device)
         # the second pass finds the first one's gradients there; DDP keeps their memory from step to step
         for _ in range(2 if self.ranks.world > 1 else min(2, self.batch // size)):
@@ -194,10 +197,13 @@ class MicroBatch:
 
     def _forget_try(self, rng: dict[str, torch.Tensor]) -> None:
         self.state.optimizer.zero_grad(set_to_none=True)
+        scaler = self.state.scaler
+        if scaler.is_enabled():  # memory may have ended after its unscale_, which may be called once before an update
+            scaler.scale(torch.zeros((), device=self.machine.device))  # it makes its tensors when first used
+            scaler.update(scaler.get_scale())
         self.machine.set_rng_tensors(rng)
         gc.collect()  # autograd's graphs can be cycles
-        if self.machine.device.type == "cuda":
-            torch.cuda.empty_cache()
+        self.machine.free_cached_memory()
 
     # ---- remembering ------------------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from cli.errors import UserError
+from gpt.model import GPTConfig
 
 # dense bf16/fp16 tensor-core peaks in FLOP/s, from the vendors' data sheets, by a part of the device name
 PEAK_FLOPS = {
@@ -62,8 +63,18 @@ class Machine:
         return torch.cuda.get_device_properties(self.device).total_memory if self.device.type == "cuda" else 0
 
     def peak_memory_bytes(self) -> int | None:
-        """Most GPU memory held at once since the start; None off CUDA."""
+        """Most GPU memory held at once since the start, or forget_peak_memory; None off CUDA."""
         return torch.cuda.max_memory_reserved(self.device) if self.device.type == "cuda" else None
+
+    def free_cached_memory(self) -> None:
+        """Give what torch keeps for later back to the device."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def forget_peak_memory(self) -> None:
+        """Count `peak_memory_bytes` from now on."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
 
     def rng_tensors(self) -> dict[str, Tensor]:
         """The random state that dropout draws from: the CPU's and the device's."""
@@ -118,8 +129,6 @@ def choose_machine(device: str, precision: str, compile: str) -> Machine:
         raise UserError("--compile on: torch 2.6 compiles wrong gradients of embeddings on a CPU (measured; 2.13 is right): "
                         "use a newer torch, or leave it to auto")  # fmt: skip
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
-    if kind == "cpu":
-        keep_freed_memory()
     if kind == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what stays fp32 on Ampere and later
     can_compile = (
@@ -133,22 +142,25 @@ def choose_machine(device: str, precision: str, compile: str) -> Machine:
     return Machine(chosen, dtype, compile == "on" or (compile == "auto" and can_compile))
 
 
-def keep_freed_memory() -> None:
-    """Have glibc keep what is freed for the next step, instead of giving large buffers back to the kernel each time.
+def keep_freed_memory(machine: Machine) -> None:
+    """Where a CPU trains, have glibc keep what is freed for the next step, instead of giving large buffers back to the kernel each time.
 
     The kernel zeroes them page by page when they come back: 1 ms a MB on a virtual machine, 4 % of a `small` step.
     """
+    if machine.device.type != "cpu":
+        return
     with contextlib.suppress(OSError, AttributeError):  # another C library
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def attention_kernel(n_head: int, head_width: int, machine: Machine) -> str:
-    """Which of its attention kernels torch takes for heads of that width here: flash, efficient, cudnn or math.
+def attention_kernel(shape: GPTConfig, machine: Machine) -> str:
+    """Which of its attention kernels torch takes for training this shape here: flash, efficient, cudnn or math.
 
     It is the best that the device has: GPUs before Ampere (a T4) have no flash attention.
     """
-    q = torch.empty(1, n_head, 16, head_width, dtype=machine.dtype, device=machine.device)
-    chosen = torch._fused_sdp_choice(q, q, q, None, 0.0, True)
+    heads = (1, shape.block_size, shape.n_head, shape.head_width)
+    q = torch.empty(heads, dtype=machine.dtype, device=machine.device, requires_grad=True).transpose(1, 2)
+    chosen = torch._fused_sdp_choice(q, q, q, None, shape.dropout, True)
     return SDPBackend(chosen).name.split("_")[0].lower()

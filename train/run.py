@@ -40,7 +40,7 @@ from train.live import Display
 from train.log import TrainLog, describe, show_samples, summarize
 from train.micro_batch import MicroBatch, is_out_of_memory
 from train.parallel import Ranks
-from train.precision import Machine, choose_machine
+from train.precision import Machine, choose_machine, keep_freed_memory
 from train.preempt import StopSignal
 from train.saver import BystandingSaver, Saver, Unsaved
 from train.schedule import learning_rate
@@ -78,6 +78,8 @@ def main(argv: list[str] | None = None) -> int:
             if is_out_of_memory(e):  # not in a step: those are tried again with less
                 raise UserError(
                     "out of memory before the first step: give a smaller --model, or a device with more"
+                    if stop.nothing_to_save
+                    else "out of memory between two steps: the same command with --resume and a smaller --micro-batch goes on"
                 ) from e
             raise
         stop.record("stopped", signal=stop.name)
@@ -111,6 +113,7 @@ def start(
         config = settings.begin_with(base.record["config"], config, given)
     settings.check(config)
     machine = choose_machine(ranks.device(config.device), config.precision, config.compile)
+    keep_freed_memory(machine)
     config = settings.with_recipe(config, machine.device.type)
 
     began_s = time.monotonic()

@@ -1,5 +1,6 @@
 """What the loss looks at: every next id, or only what the assistant says."""
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +27,8 @@ class Targets:
         if self.learnt is None:
             return ids[:, 1:]
         # sums, scatter and gather of whole numbers: exact on every device, and none of them lacks these
-        begins = (ids[:, :, None] == torch.tensor(self.special, device=ids.device)).any(-1)  # (B, T + 1)
+        # each special id by itself: a tensor of them made here would have the host wait for the device at every step
+        begins = functools.reduce(torch.logical_or, (ids == special for special in self.special))  # (B, T + 1)
         turn = begins.cumsum(1)  # its number in the window, 0: begun before it
         learnt = torch.zeros(len(ids), ids.shape[1] + 1, dtype=torch.bool, device=ids.device)  # by that number
         learnt.scatter_(1, turn * begins, ids == self.learnt)
