@@ -26,7 +26,7 @@ from torch import Tensor
 from gpt.errors import GPTError
 
 IGNORE_INDEX = -100
-CHUNK_LOGITS = 2**25  # 1,024 rows of a 32k vocabulary: 64 MiB in bfloat16
+CHUNK_LOGITS = 2**25  # 1,024 rows of a 32k vocabulary: 64 MiB in bfloat16; a CPU takes three quarters of it
 RARE = 1e-30  # a share whose logarithm float32 still has to all its digits; asking costs a GPU a wait, and saves a CPU two passes
 TILE_LOGITS = 2**21  # 8 MiB in float32: what a CPU's cache still holds from one operation to the next
 
@@ -67,7 +67,8 @@ def summed_loss(
     total = torch.zeros((), dtype=wide, device=x.device)
     dx = torch.empty(x.shape if grads else 0, dtype=wide, device=x.device)
     dweight = torch.zeros(weight.shape if grads else 0, dtype=wide, device=x.device)
-    rows = max(64, CHUNK_LOGITS // len(w) // 64 * 64)  # whole matmul tiles
+    most = CHUNK_LOGITS * 3 // 4 if x.device.type == "cpu" else CHUNK_LOGITS
+    rows = max(64, most // len(w) // 64 * 64)  # whole matmul tiles
     if dtype == torch.float16:
         rows = min(rows, 4096)  # a float16 matmul over more rows can sum past 65,504 for a target that is very common
     buffer = torch.empty(min(rows, len(x)), len(w), dtype=dtype, device=x.device)  # a fresh one each time cost 30 %

@@ -7,6 +7,7 @@ import torch
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gpt import loss
 from tests.helpers import train
 from train import run
 
@@ -43,6 +44,15 @@ class Reads(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
         return func(*args, **kwargs or {})
+
+
+def test_the_loss_reads_nothing_from_a_device_that_is_no_cpu():
+    """Reads cannot see into its one operation; a tensor without values cannot be read."""
+    logits = torch.empty(8, 97, device="meta")
+    index, counted = torch.zeros(8, 1, dtype=torch.int64, device="meta"), torch.ones(8, 1, device="meta")
+    assert loss._loss_and_dlogits(logits, index, counted, grads=True).shape == ()
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        bool(logits.min() > 0)
 
 
 def test_between_log_lines_the_host_reads_nothing_from_the_device(data, tmp_path, monkeypatch):

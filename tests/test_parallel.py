@@ -1,6 +1,6 @@
 """Several processes train as one: the same losses, the same checkpoints, and no rank leaves alone.
 
-Two of them over gloo, on the CPU; PERENNIAL_TEST_RANKS=4 takes four.
+Two of them over gloo, on the CPU, and four once; PERENNIAL_TEST_RANKS=4 takes four for all.
 """
 
 import json
@@ -31,20 +31,20 @@ def free_port():
         return s.getsockname()[1]
 
 
-def ranks(tmp_path, jobs):
-    """Do jobs (tests/rank.py) in WORLD processes; returns what each rank's ended with."""
-    common = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(WORLD), "LOCAL_WORLD_SIZE": str(WORLD),
+def ranks(tmp_path, jobs, world=WORLD):
+    """Do jobs (tests/rank.py) in so many processes; returns what each rank's ended with."""
+    common = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "PERENNIAL_PEER_S": "200"}  # fmt: skip
     jobs = json.dumps([{**job, "flags": [str(flag) for flag in job["flags"]]} for job in jobs])
-    codes = [tmp_path / f"codes-{r}.json" for r in range(WORLD)]
+    codes = [tmp_path / f"codes-{r}.json" for r in range(world)]
     started = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.rank", str(codes[r]), jobs],
             cwd=ROOT, env={**common, "RANK": str(r), "LOCAL_RANK": str(r)},
         )
-        for r in range(WORLD)
+        for r in range(world)
     ]  # fmt: skip
-    assert [p.wait(400) for p in started] == [0] * WORLD
+    assert [p.wait(400) for p in started] == [0] * world
     return [json.loads(path.read_text()) for path in codes]
 
 
@@ -104,6 +104,12 @@ def test_several_processes_have_the_losses_of_one(ran, alone, name):
     assert all(set(codes) == {FINISHED} for job, codes in ends.items() if job.split()[0] == name)
     assert losses(tmp / name) == pytest.approx(losses(alone), rel=1e-5)
     assert [m["step"] for m in steps(tmp / name)] == list(range(1, 21))
+
+
+def test_four_have_them_too(alone, data, tmp_path):
+    ends = ranks(tmp_path, [{"flags": ("--data", data, *LONG, "--steps", 20, "--out", tmp_path / "four")}], world=4)
+    assert ends == [[FINISHED]] * 4
+    assert losses(tmp_path / "four") == pytest.approx(losses(alone), rel=1e-5)
 
 
 def test_resumed_by_as_many_it_is_the_uninterrupted_run_to_the_bit(ran):
