@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gpt.cache import KVCache
@@ -202,11 +202,13 @@ def test_top_k_picks_among_the_k_best(logits, k, seed):
 
 
 @settings(max_examples=60, deadline=None)
+@example([1.0, -1.1382392969641795e-19, 0.0], 0.75, 0)
 @given(LOGITS, st.floats(0.01, 1.0), st.integers(0, 99))
 def test_top_p_picks_only_what_the_better_ids_left_short_of_p(logits, p, seed):
     row = torch.tensor([logits])
     picked = pick_next(row, generator=rng(seed), top_p=p).item()
-    better = row.double().softmax(-1)[row > row[0, picked]].sum().item()
+    likely = row.softmax(-1)  # logits that differ by less than it can tell are equally good
+    better = likely.double()[likely > likely[0, picked]].sum().item()
     assert better < p + 1e-5
 
 
