@@ -144,8 +144,9 @@ def patience(seconds: float) -> Iterator[None]:
         _patience_s.reset(token)
 
 
-def _until(end_s: float, work: Callable[[], T]) -> T:
-    """`work()`, or TimeoutError: gcsfs has retries of its own, 33 s of them, and a host may never answer."""
+def _until(end_s: float, work: Callable[[], T], met: list[BaseException]) -> T:
+    """`work()`, or what the try before it met, or TimeoutError: gcsfs has retries of its own, 33 s of them, and a host may
+    never answer."""
     answer: Future[T] = Future()
 
     def run() -> None:
@@ -157,7 +158,9 @@ def _until(end_s: float, work: Callable[[], T]) -> T:
     threading.Thread(target=run, daemon=True).start()
     wait([answer], max(end_s - time.monotonic(), 0))
     if not answer.done():
-        raise TimeoutError("no answer: check the address and the network")
+        raise met[-1] if met else TimeoutError("no answer: check the address and the network")
+    if error := answer.exception():
+        met.append(error)
     return answer.result()
 
 
@@ -171,7 +174,7 @@ def attempt(url: str, action: str, work: Callable[[], T]) -> T:
         asked, stop = functools.partial(_plainly, work), tenacity.stop_after_delay(RETRY_FOR_S)
     else:
         end_s, stop = time.monotonic() + patience_s, tenacity.stop_before_delay(patience_s)
-        asked = functools.partial(_until, end_s, work)
+        asked = functools.partial(_until, end_s, work, [])
     retrying = tenacity.Retrying(
         retry=_again,
         wait=tenacity.wait_random_exponential(multiplier=FIRST_WAIT_S, max=LONGEST_WAIT_S),

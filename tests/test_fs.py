@@ -399,9 +399,12 @@ def test_a_first_look_is_soon_over(listens, caplog):
         if listens:
             s.listen()
         started_s = time.monotonic()
-        with retry.patience(0.4), pytest.raises(StoreError, match="no answer" if listens else "Connect call failed"):
+        with (
+            retry.patience(0.4 if listens else 3.0),
+            pytest.raises(StoreError, match="no answer" if listens else "Connect call failed"),
+        ):
             fs.exists(f"http://127.0.0.1:{s.getsockname()[1]}/x")
-    assert time.monotonic() - started_s < 5
+    assert time.monotonic() - started_s < 10
     assert caplog.records == []
 
 
