@@ -178,8 +178,10 @@ def _silent_s(url: str, epoch: int) -> float:
     probe = fs.join(url, FOLDER, f".now-{secrets.token_hex(4)}.tmp")
     with contextlib.suppress(StoreError), retry.patience(TTL_S / 4):
         fs.put_bytes(probe, b"\n")
-        now_s, beat_s = fs.modified_s(probe), fs.modified_s(_name(url, epoch))
-        fs.delete(probe)
+        try:
+            now_s, beat_s = fs.modified_s(probe), fs.modified_s(_name(url, epoch))
+        finally:
+            fs.delete(probe)
         if now_s and beat_s:
             return max(now_s - beat_s, 0.0)
     return 0.0
