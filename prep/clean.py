@@ -6,6 +6,7 @@ prints what stands here; docs/cleaning.md tells why.
 
 import difflib
 import hashlib
+import operator
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -129,6 +130,7 @@ def read_blocklist(name: str, text: str) -> tuple[str, ...]:
 
 
 Change = tuple[str, Sequence[str], Sequence[str]]  # rule, texts before, texts after
+_text_of = operator.itemgetter(1)
 
 
 class Cleaner:
@@ -154,7 +156,7 @@ class Cleaner:
             return "empty", []
         changes: list[Change] = []
         if not self.looks:
-            return (document if any(text for _, text in document) else "empty"), changes
+            return (document if any(map(_text_of, document)) else "empty"), changes
         roles, texts = zip(*document, strict=True)
         if self.drops_long and sum(map(len, texts)) > quality.MAX_CHARS:  # before it costs ten times its size
             return "too_long", changes

@@ -5,6 +5,8 @@ has proved equal on a sample of the very corpus that is to be encoded.
 """
 
 import importlib.util
+import itertools
+import operator
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -39,7 +41,8 @@ class Encoder:
         ids, offsets = self.fast.encode_batch_flat(list(texts), split_special_tokens=True)
         ids, lengths = np.frombuffer(ids, np.uint32), np.diff(np.frombuffer(offsets, np.uint64).astype(np.int64))
         long_s, separator = DOUBTFUL
-        doubtful = [i for i, t in enumerate(texts) if not t.isascii() and (long_s in t or separator in t)]
+        others = itertools.compress(range(len(texts)), map(operator.not_, map(str.isascii, texts)))
+        doubtful = [i for i in others if long_s in texts[i] or separator in texts[i]]
         return self._encode_again(texts, doubtful, ids, lengths) if doubtful else (ids, lengths)
 
     def _encode_again(

@@ -102,7 +102,7 @@ def exchanges_task(path: Path) -> dict:
     if marker := parts.load_marker(out.with_suffix(".json")):
         return marker
     records, _ = locate(parts.load_documents(path))
-    return parts.save_marker(out.with_suffix(".json"), {"exchanges": len(records)}, [parts.save_array(out, records)])
+    return parts.save_marker(out.with_suffix(".json"), {"exchanges": len(records)}, parts.save_array(out, records))
 
 
 def losses(path: Path, repeated: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -12,6 +12,7 @@ from prep.dedup import shard_limits
 from store.shards import Shard, ShardWriter, Split
 
 BUCKETS = 1 << 20  # of places; shards begin at their edges: 12 GB have about ten documents in each
+PLACES_BITS = 64 - (BUCKETS.bit_length() - 1)  # of a place, within a bucket
 GATHER_TOKENS = 1 << 20  # ids joined per write: amortises the call
 
 
@@ -31,22 +32,30 @@ class ShardPlan:
         return f"{self.split}-{self.index:05d}.bin" + (".zst" if compressed else "")
 
 
-def plan_shards(encoded: list[Path], shard_tokens: int) -> list[ShardPlan]:
+class Places:
+    """How many tokens and documents have their place where, of encoded parts added one by one."""
+
+    def __init__(self) -> None:
+        self.tokens, self.documents = np.zeros(BUCKETS, np.int64), np.zeros(BUCKETS, np.int64)
+
+    def add(self, encoded: Path) -> None:
+        """Count another part."""
+        place, n = parts.load_places(encoded)
+        bucket = (place >> np.uint64(PLACES_BITS)).astype(np.int64)
+        np.add.at(self.tokens, bucket, n)
+        np.add.at(self.documents, bucket, 1)
+
+
+def plan_shards(places: Places, shard_tokens: int) -> list[ShardPlan]:
     """Shards of about equal tokens, at most `shard_tokens` or a little more, of both splits; train first."""
-    tokens, documents = np.zeros(BUCKETS, np.int64), np.zeros(BUCKETS, np.int64)
-    width = 64 - (BUCKETS.bit_length() - 1)
-    for path in encoded:
-        place, n = parts.load_places(path)
-        bucket = (place >> np.uint64(width)).astype(np.int64)
-        np.add.at(tokens, bucket, n)
-        np.add.at(documents, bucket, 1)
+    tokens, documents = places.tokens, places.documents
     used = np.flatnonzero(documents)
     plans = []
     for split, mine in (("train", used[used >= BUCKETS // 2]), ("val", used[used < BUCKETS // 2])):
         limits = shard_limits(tokens[mine], shard_tokens) if len(mine) else [0]
         for i, (a, b) in enumerate(itertools.pairwise(limits)):
             buckets = mine[a:b]
-            first, last = int(buckets[0]) << width, (int(buckets[-1]) + 1 << width) - 1
+            first, last = int(buckets[0]) << PLACES_BITS, (int(buckets[-1]) + 1 << PLACES_BITS) - 1
             plans.append(ShardPlan(split, i, first, last, int(documents[buckets].sum()), int(tokens[buckets].sum())))
     return plans
 

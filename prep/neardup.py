@@ -29,7 +29,7 @@ def find(cleaned: list[Path], keep: list[np.ndarray], threshold: float, work: Pa
         places = np.flatnonzero(np.concatenate(keep))
         kept_one = np.arange(sum(map(len, keep)))
         kept_one[places] = places[_find_kept(cleaned, keep, threshold, pool)]
-        parts.save_marker(marker, {}, [parts.save_array(decided, kept_one)])
+        parts.save_marker(marker, {}, parts.save_array(decided, kept_one))
     for pattern in ("bands-*", "shingles-*"):  # the encoded parts need the room
         for path in work.glob(pattern):
             path.unlink()
@@ -73,7 +73,7 @@ def bands_task(path: Path, keep: np.ndarray, threshold: float) -> dict:
     if marker := parts.load_marker(out.with_suffix(".json")):
         return marker
     keys = minhash.band_keys(parts.load_documents(path).select(keep), threshold)
-    return parts.save_marker(out.with_suffix(".json"), {"documents": keys.shape[1]}, [parts.save_array(out, keys)])
+    return parts.save_marker(out.with_suffix(".json"), {"documents": keys.shape[1]}, parts.save_array(out, keys))
 
 
 def _band(cleaned: list[Path], keep: list[np.ndarray], band: int) -> np.ndarray:
@@ -150,7 +150,7 @@ def shingles_task(path: Path, wanted: np.ndarray) -> dict:
     if not wanted.any():
         return {"counts": []}
     hashes, counts = minhash.shingle_sets(parts.load_documents(path).select(wanted))
-    return parts.save_marker(out.with_suffix(".json"), {"counts": counts.tolist()}, [parts.save_array(out, hashes)])
+    return parts.save_marker(out.with_suffix(".json"), {"counts": counts.tolist()}, parts.save_array(out, hashes))
 
 
 # ---- components -----------------------------------------------------------------------------------------------------

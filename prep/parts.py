@@ -2,29 +2,31 @@
 
 A cleaned part holds documents as arrays: the UTF-8 of all turns end to end, the length and role of each turn, the turns
 of each document and its 64-bit hash. An encoded part holds documents in the order of their place in the dataset, so that
-every output shard is one slice of every part. Both are safetensors: arrays and a text header, nothing executable.
+every output shard is one slice of every part. All are .npy, of numbers alone: nothing executable.
 """
 
 import contextlib
 import functools
+import io
 import itertools
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+import os
+import secrets
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import xxhash
 import zstandard
-from safetensors import SafetensorError
-from safetensors.numpy import load as load_tensors
-from safetensors.numpy import save as save_tensors
 
-from store import fs
 from store.errors import DataError, StoreError
 
-# zstd levels for text: 1 packs it to 40 % at 300 MB/s (12 GB must not cost 12 GB of disk), -1000 stores it at 4 GB/s
-PACKED, STORED = 1, -1000
+T = TypeVar("T")
+Proof = dict[str, list]  # file name: [bytes, xxh3 of them]
+
+PACKED = 1  # zstd level for text: to 40 % at 300 MB/s, where it would not all fit the disk otherwise
 ROLES = (None, "user", "assistant", "system")  # a part stores the index
 _ROLE_INDEX = {role: i for i, role in enumerate(ROLES)}
 
@@ -83,7 +85,7 @@ class Documents:
     def turns(self) -> list[str]:
         """The text of every turn."""
         blob, ends = self.text.tobytes(), np.cumsum(self.turn_bytes, dtype=np.int64).tolist()
-        return [str(blob[a:b], "utf-8") for a, b in itertools.pairwise([0, *ends])]
+        return [blob[a:b].decode() for a, b in itertools.pairwise([0, *ends])]
 
 
 @dataclass
@@ -95,13 +97,12 @@ class Encoded:
     ids: np.ndarray  # (sum of tokens,) uint16 or uint32, documents end to end
 
 
-def save_documents(path: Path, documents: Documents, level: int = 1) -> list[Path]:
-    """Publish a cleaned part and its index; the files."""
-    save_arrays(path, vars(documents), level)
+def save_documents(path: Path, documents: Documents, level: int | None = PACKED) -> Proof:
+    """Publish a cleaned part and its index."""
     turn_ends = np.cumsum(documents.doc_turns, dtype=np.int64)
     text_ends = np.append(0, np.cumsum(documents.turn_bytes, dtype=np.int64))[turn_ends]
     index = np.stack([documents.doc_hash, np.diff(text_ends, prepend=0).astype(np.uint64)])
-    return [path, save_array(path.with_suffix(".index.npy"), index)]
+    return save_arrays(path, documents, level) | save_array(path.with_suffix(".index.npy"), index)
 
 
 def load_index(path: Path) -> np.ndarray:
@@ -111,48 +112,69 @@ def load_index(path: Path) -> np.ndarray:
 
 def load_documents(path: Path) -> Documents:
     """Read a cleaned part back. Raises DataError if it is damaged."""
-    return Documents(**load_arrays(path))
+    return load_arrays(Documents, path)
 
 
-def save_arrays(path: Path, arrays: dict[str, np.ndarray], level: int = 1) -> Path:
-    """Publish arrays as one file, compressed with zstd."""
-    raw = save_tensors(arrays)
-    with _working_file(path) as temporary:
-        temporary.write_bytes(zstandard.ZstdCompressor(level=level, write_checksum=True).compress(raw))
-    return path
+def save_arrays(path: Path, arrays: Any, level: int | None = PACKED) -> Proof:
+    """Publish a dataclass of arrays as one file, .npy after .npy, packed with zstd's `level` or as it is."""
+    pieces = itertools.chain.from_iterable(map(_npy, vars(arrays).values()))
+    if level is None:
+        return _publish(path, pieces)
+    compressor = zstandard.ZstdCompressor(level=level, write_checksum=True)
+    return _publish(path, [compressor.compress(b"".join(pieces))])
 
 
-def load_arrays(path: Path) -> dict[str, np.ndarray]:
-    """What `save_arrays` published. Raises DataError if it is damaged."""
+def load_arrays(kind: type[T], path: Path) -> T:
+    """What `save_arrays` published, a `kind`. Raises DataError if it is damaged."""
     try:
-        return load_tensors(zstandard.ZstdDecompressor().decompress(path.read_bytes()))
-    except (OSError, zstandard.ZstdError, SafetensorError) as e:
+        with open(path, "rb") as f:
+            packed = f.read(len(zstandard.FRAME_HEADER)) == zstandard.FRAME_HEADER
+            f.seek(0)
+            stored = io.BytesIO(zstandard.ZstdDecompressor().decompress(f.read())) if packed else f
+            return kind(*(np.lib.format.read_array(stored, allow_pickle=False) for _ in fields(kind)))
+    except (OSError, ValueError, zstandard.ZstdError) as e:
         raise DataError(f"{path}: damaged working file ({e}): delete {path.parent} and run prep again") from e
 
 
-def save_encoded(path: Path, part: Encoded) -> list[Path]:
-    """Publish an encoded part, uncompressed: every shard reads its own slice of it. Returns the files."""
-    return [save_array(path.with_suffix(f".{name}.npy"), array) for name, array in vars(part).items()]
+def save_encoded(path: Path, part: Encoded) -> Proof:
+    """Publish an encoded part, uncompressed: every shard reads its own slice of it."""
+    saved = [save_array(path.with_suffix(f".{name}.npy"), array) for name, array in vars(part).items()]
+    return {name: proof for files in saved for name, proof in files.items()}
 
 
-def save_array(path: Path, array: np.ndarray) -> Path:
+def save_array(path: Path, array: np.ndarray) -> Proof:
     """Publish one array as a .npy file."""
-    with _working_file(path) as temporary, open(temporary, "wb") as f:
-        np.save(f, array, allow_pickle=False)
-    return path
+    return _publish(path, _npy(array))
 
 
-@contextlib.contextmanager
-def _working_file(path: Path) -> Iterator[Path]:
-    # not fsynced, which took an eighth of the encode pass: the marker's hashes tell what a power cut has taken
+def _npy(array: np.ndarray) -> Iterator[bytes | np.ndarray]:
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
+    yield header.getvalue()
+    yield np.ravel(array, "A").view(np.uint8)
+
+
+def _publish(path: Path, pieces: Iterable[bytes | np.ndarray]) -> Proof:
+    """Write a file whole or not at all; hashed on the way, so that it need not be read for that."""
+    digest, size = xxhash.xxh3_64(), 0
+    # neither fsynced, which took an eighth of the encode pass: the marker's hashes tell what a power cut has taken
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
-        with fs.staged(path, durable=False) as temporary:
-            yield temporary
-    except OSError as e:  # numpy tells of a full disk as "1000 requested and 512 written", without an errno
-        raise StoreError(
-            f"{path.parent}: cannot be written ({e.strerror or e}): free some space, "
-            "then run the same command with --resume"
-        ) from e
+        with open(temporary, "wb", buffering=0) as f:
+            for piece in pieces:
+                view = memoryview(piece)
+                digest.update(view)
+                size += len(view)
+                while view:  # a disk that fills up takes a part, then says so
+                    view = view[f.write(view) :]
+        os.replace(temporary, path)
+    except OSError as e:
+        raise StoreError(f"{path.parent}: cannot be written ({e.strerror}): free some space, "
+                         "then run the same command with --resume") from e  # fmt: skip
+    finally:
+        with contextlib.suppress(OSError):  # the fault that came first is the one to tell
+            temporary.unlink(missing_ok=True)
+    return {path.name: [size, digest.hexdigest()]}
 
 
 def load_places(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -185,13 +207,21 @@ def _header_bytes(path: Path) -> int:
         return f.tell()
 
 
-def save_marker(path: Path, figures: dict, files: list[Path]) -> dict:
+def save_marker(path: Path, figures: dict, files: Proof) -> dict:
     """Publish the marker that a task is done: its figures, the size and hash of each file it wrote, its own hash."""
-    marker = {**figures, "files": {f.name: [f.stat().st_size, _xxh3(f)] for f in files}}
+    marker = {**figures, "files": files}
     text = json.dumps(marker, ensure_ascii=False)
-    with _working_file(path) as temporary:
-        temporary.write_bytes(f"{xxhash.xxh3_64_hexdigest(text.encode())}\n{text}".encode())
+    _publish(path, [f"{xxhash.xxh3_64_hexdigest(text.encode())}\n{text}".encode()])
     return marker
+
+
+def prove(path: Path) -> Proof:
+    """What `save_marker` needs of a file that was written elsewhere."""
+    digest = xxhash.xxh3_64()
+    with open(path, "rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return {path.name: [path.stat().st_size, digest.hexdigest()]}
 
 
 def load_marker(path: Path) -> dict | None:
@@ -201,16 +231,7 @@ def load_marker(path: Path) -> dict | None:
         if xxhash.xxh3_64_hexdigest(text) != digest.decode():
             return None
         marker = json.loads(text)
-        files = {path.parent / name: proof for name, proof in marker["files"].items()}
-        whole = all([f.stat().st_size, _xxh3(f)] == proof for f, proof in files.items())
+        whole = all(prove(path.parent / name) == {name: proof} for name, proof in marker["files"].items())
         return marker if whole else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-
-
-def _xxh3(path: Path) -> str:
-    digest = xxhash.xxh3_64()
-    with open(path, "rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import queue
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -15,18 +16,13 @@ from typing import Any, Protocol, TypeVar
 
 from cli.errors import Unfinished
 from cli.flags import quiet_drivers
+from cli.memory import keep_freed_memory
 
 T = TypeVar("T")
 
-# One process per core already: the engines' own threads would only fight. And glibc gives each large buffer back to
-# the kernel and pays its page faults again at the next task: kept instead, cleaning goes from 33 to 41 MB/s a core.
-# The latter is read when a process starts; other C libraries ignore it.
-WORKER_ENVIRONMENT = {
-    "RAYON_NUM_THREADS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
-}
+# One process per core already: the engines' own threads would only fight. (fastokens 0.3.5 begins another one whatever
+# Rayon is told, and two of them take 1.5 times the CPU time of one for the same text.)
+WORKER_ENVIRONMENT = {"RAYON_NUM_THREADS": "1", "FASTOKENS_BPE_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 class Executor(Protocol):
@@ -73,31 +69,52 @@ def _start_worker() -> None:
     gc.set_threshold(GARBAGE_EVERY)
     for number in PARENTS_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, PARENTS_SIGNALS)
     os.environ.update(WORKER_ENVIRONMENT)
+    keep_freed_memory()  # cleaning goes from 33 to 41 MB/s a core
     quiet_drivers()
     parent = multiprocessing.parent_process()
     # a killed parent must not leave workers behind: they would hold memory, and files that are to be written again
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-class Pool:
-    """The executor of one machine: the same processes serve every pass.
+def _start_method() -> str:
+    """ "fork" where no other thread can hold what a copy of this process would wait for: workers then import nothing.
 
-    One worker means this process. Workers are spawned, not forked: gcsfs is not fork-safe.
+    Else "spawn": a quarter of a second of every core. gcsfs has a thread from the first address that it looks at.
+    """
+    return "fork" if sys.platform == "linux" and threading.active_count() == 1 else "spawn"
+
+
+class Pool:
+    """The executor of one machine: the same processes, started here and now, serve every pass.
+
+    One worker means this process.
     """
 
     def __init__(self, workers: int) -> None:
         self.workers = workers
-        for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
-            os.environ.setdefault(name, WORKER_ENVIRONMENT[name])
-        context = multiprocessing.get_context("spawn")
-        self.executor = ProcessPoolExecutor(workers, context, _start_worker) if workers > 1 else None
+        if workers == 1:
+            keep_freed_memory()
+            self.executor = None
+            return
+        context = multiprocessing.get_context(_start_method())
+        self.executor = ProcessPoolExecutor(workers, context, _start_worker)
+        try:
+            self._submit(os.getpid)
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> "Pool":
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the workers, whatever they do."""
         if self.executor is None:
             return
         # Nothing is waited for: after an error or a signal the next run does again what a pure task had half done, and at
@@ -112,20 +129,22 @@ class Pool:
             yield from (work(*task) for task in tasks)
             return
 
-        def start(task: tuple[Any, ...]) -> Future:
-            # The first one starts the workers. They import for a third of a second before they can ignore a signal; until
-            # then it is held back from them, as it is from whoever starts them: here for a moment.
-            held = signal.pthread_sigmask(signal.SIG_BLOCK, PARENTS_SIGNALS)
-            try:
-                return self.executor.submit(work, *task)
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, held)
-
         try:
-            yield from in_order(start, Future.result, tasks, under_way=2 * self.workers)
+            yield from in_order(
+                lambda task: self._submit(work, *task), Future.result, tasks, under_way=2 * self.workers
+            )
         except BrokenProcessPool as e:
             raise Unfinished("a worker process was killed, most often for lack of memory: "
                              "run the same command with --resume and fewer --workers") from e  # fmt: skip
+
+    def _submit(self, work: Callable[..., T], *task: Any) -> Future:
+        # This may start a worker, which takes a moment until it ignores signals: they are held back from it until then, as
+        # they are from whoever starts it.
+        held = signal.pthread_sigmask(signal.SIG_BLOCK, PARENTS_SIGNALS)
+        try:
+            return self.executor.submit(work, *task)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, held)
 
 
 def in_threads(work: Callable[[Any], T], items: Iterable[Any], *, threads: int) -> Iterator[T]:

@@ -22,6 +22,8 @@ from store import fs
 T = TypeVar("T")
 PROJECT = Path(__file__).resolve().parent.parent
 RETRIES = 5  # of a task whose process or machine died
+KEPT = 1 << 30  # bytes of freed memory: what `cli.memory.keep_freed_memory` does, told to processes that Ray starts
+ENVIRONMENT = WORKER_ENVIRONMENT | {"MALLOC_MMAP_THRESHOLD_": str(KEPT), "MALLOC_TRIM_THRESHOLD_": str(KEPT)}
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -66,7 +68,7 @@ class RayPool:
                 **where,
                 logging_level=logging.CRITICAL,
                 log_to_driver=False,
-                runtime_env={"py_modules": modules, "env_vars": WORKER_ENVIRONMENT},
+                runtime_env={"py_modules": modules, "env_vars": ENVIRONMENT},
             )
         except (ConnectionError, RuntimeError, ValueError, OSError) as e:
             hint = "; is RAY_AUTH_TOKEN that of the cluster?" if address else ""

@@ -36,9 +36,9 @@ class Settings:
     vocab_size: int = flag(32000, "tokens in the vocabulary, the five special ones included")
     compress: bool = flag(False, "store shards as zstd, about half the size")
     # 12 GB of text are 5.3 GB of ids. Against 5, level 10 works 70 s longer on two cores and stores 90 MB less, 18 s of a
-    # line of 5 MB/s; level 3 works 45 s less and stores 390 MB more, 78 s of that line
+    # line of 5 MB/s; level 4 works 35 s less and stores 180 MB more, 36 s of that line
     level: int = flag(5, "zstd level for --compress: 5 writes 40 MB/s a core; 10 writes 20 MB/s and 3 percent less, "
-                         "3 writes 180 MB/s and 14 percent more")  # fmt: skip
+                         "4 writes 80 MB/s and 5 percent more")  # fmt: skip
     val_fraction: float = flag(0.01, "share of documents kept for validation, chosen by their hash")
     min_frequency: int = flag(2, "how often a pair must occur to become a token")
     tokenizer: str = flag("", "use this tokenizer.json, or GPT-2's encoder.json and vocab.bpe, instead of training one")

@@ -6,6 +6,7 @@ Between passes, what is global (duplicates, sample, split, order) is decided fro
 import functools
 import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -51,7 +52,7 @@ def clean_corpus(
     group_counts = [Counter() for _ in range(max((t.group for t in tasks), default=-1) + 1)]
     lines, first_unusable = Counter(), ""
     size = sum(t.size for t in tasks)
-    level = parts.PACKED if size > PACK_FROM else parts.STORED
+    level = parts.PACKED if size > PACK_FROM else None
     with Meter("clean", size, "B") as meter:
         jobs = ((task, work, rules, fields, level) for task in tasks)
         for task, marker in zip(tasks, pool.run(clean_task, jobs), strict=True):
@@ -63,7 +64,7 @@ def clean_corpus(
                     known += found[: cleaning.EXAMPLES - len(known)]
             first_unusable = first_unusable or _first_unusable(task, marker, lines)
             lines.update({p.source.url: n for p, n in zip(task.pieces, marker["lines"], strict=True)})
-            done += [work / name for name in marker["files"] if name.endswith(".zst")]
+            done += [work / name for name in marker["files"] if name.endswith(".docs")]
             groups += [task.group] * (len(done) - len(groups))
             meter.add(task.size, f"{counts['kept']} documents kept")
     return Cleaned(done, groups, counts, group_counts, examples, changes, first_unusable)
@@ -83,13 +84,13 @@ def clean_marker(task: corpus.Task, work: Path) -> Path:
     return work / f"clean-{task.index:06d}.json"
 
 
-def clean_task(task: corpus.Task, work: Path, rules: cleaning.Settings, fields: Fields, level: int) -> dict:
-    """One task -> cleaned parts, stored with zstd's `level`, and their marker."""
+def clean_task(task: corpus.Task, work: Path, rules: cleaning.Settings, fields: Fields, level: int | None) -> dict:
+    """One task -> cleaned parts, packed with zstd's `level`, and their marker."""
     marker_path = clean_marker(task, work)
     if marker := parts.load_marker(marker_path):
         return marker
     cleaner, strict = cleaning.Cleaner(rules), "ascii" in rules.rules
-    counts, examples, changes, files = Counter(), {}, {}, []
+    counts, examples, changes, files = Counter(), {}, {}, {}
     lines, first_unusable = [0] * len(task.pieces), None
     waiting: list[Document] = []
     waiting_bytes = 0
@@ -99,8 +100,8 @@ def clean_task(task: corpus.Task, work: Path, rules: cleaning.Settings, fields: 
         documents = parts.Documents.build(waiting)
         counts.update(kept=len(waiting), kept_bytes=len(documents.text), turns=len(documents.turn_role))
         counts["chat"] += sum(document[0][0] is not None for document in waiting)
-        path = work / f"clean-{task.index:06d}-{len(files) // 2:04d}.zst"
-        files.extend(parts.save_documents(path, documents, level))
+        path = work / f"clean-{task.index:06d}-{len(files) // 2:04d}.docs"
+        files.update(parts.save_documents(path, documents, level))
         waiting, waiting_bytes = [], 0
 
     def drop(reason: str, text: str) -> None:
@@ -246,30 +247,43 @@ def proof_task(path: Path, tokenizer: Path, n_bytes: int) -> str | None:
     return encode.disproof(lambda: _encoder(str(tokenizer), "fastokens"), [text[:n_bytes] for text in first.turns()])
 
 
+@dataclass(frozen=True)
+class EncodedParts:
+    """What the encode pass gives: its parts in the order of the corpus, and what was counted about them."""
+
+    parts: list[Path]
+    counted: figures.Counted
+    places: merge.Places
+
+
 def encode_parts(
-    cleaned: Cleaned,
-    selection: Selection,
-    work: Path,
-    *,
-    engine: encode.Engine,
-    dtype: np.dtype,
-    seed: int,
-    pool: Executor,
-) -> list[Path]:
+    cleaned: Cleaned, selection: Selection, work: Path, tokenizer: Tokenizer, *,
+    engine: encode.Engine, dtype: np.dtype, seed: int, pool: Executor,
+) -> EncodedParts:  # fmt: skip
     """Cleaned parts -> encoded parts, duplicates left out, validation documents first."""
     tokenizer_path = work / "tokenizer.json"
     repeated = selection.repeated or [None] * len(cleaned.parts)
     spread_limit = figures.spread_limit(selection.counts["encoded_bytes"])
-    done = []
-    with Meter("encode", selection.counts["encoded_bytes"], "B") as meter:
+    done, places = [], merge.Places()
+
+    def count_each() -> Iterator[tuple[int, figures.Figures]]:
+        """Figures of each part, taken in while workers encode the next ones."""
         jobs = (
             (path, keep, again, tokenizer_path, engine, str(dtype), selection.val_limit, seed, spread_limit)
             for path, keep, again in zip(cleaned.parts, selection.keep, repeated, strict=True)
         )
-        for path, marker in zip(cleaned.parts, pool.run(encode_task, jobs), strict=True):
-            done.append(work / path.name.replace("clean-", "ids-").replace(".zst", ""))
+        made = pool.run(encode_task, jobs)
+        for path, group, marker in zip(cleaned.parts, cleaned.groups, made, strict=True):
+            done.append(_encoded_part(path))
+            places.add(done[-1])
             meter.add(marker["bytes"])
-    return done
+            yield group, parts.load_arrays(figures.Figures, _figures_path(done[-1]))
+
+    with Meter("encode", selection.counts["encoded_bytes"], "B") as meter:
+        counted = figures.Counted.of(
+            count_each(), len(cleaned.group_counts), special_ids=tokenizer.special_ids.values()
+        )
+    return EncodedParts(done, counted, places)
 
 
 def encode_task(
@@ -277,7 +291,7 @@ def encode_task(
     val_limit: int, seed: int, spread_limit: int,
 ) -> dict:  # fmt: skip
     """One cleaned part -> one encoded part, the figures about it and their marker."""
-    out = path.with_name(path.name.replace("clean-", "ids-").replace(".zst", ""))
+    out = _encoded_part(path)
     marker_path = out.with_suffix(".json")
     if marker := parts.load_marker(marker_path):
         return marker
@@ -289,22 +303,17 @@ def encode_task(
     about = figures.measure(
         documents, turn_ids, encoded, vocab_size=encoder.tokenizer.vocab_size, spread_limit=spread_limit
     )
-    counted = parts.save_arrays(_figures_path(out), {name: a.astype(np.uint32) for name, a in vars(about).items()})
-    files = [*parts.save_encoded(out, encoded), counted]
+    narrow = figures.Figures(*(counts.astype(np.uint32) for counts in vars(about).values()))
+    files = parts.save_encoded(out, encoded) | parts.save_arrays(_figures_path(out), narrow)
     return parts.save_marker(marker_path, {"bytes": len(documents.text)}, files)
+
+
+def _encoded_part(cleaned: Path) -> Path:
+    return cleaned.with_name(cleaned.stem.replace("clean-", "ids-"))
 
 
 def _figures_path(encoded: Path) -> Path:
     return encoded.with_suffix(".figures.zst")
-
-
-def count_tokens(cleaned: Cleaned, encoded: list[Path], tokenizer: Tokenizer) -> figures.Counted:
-    """What was counted about the encoded parts, summed."""
-    measured = (
-        (group, figures.Figures(**parts.load_arrays(_figures_path(path))))
-        for group, path in zip(cleaned.groups, encoded, strict=True)
-    )
-    return figures.Counted.of(measured, len(cleaned.group_counts), special_ids=tokenizer.special_ids.values())
 
 
 @functools.lru_cache(maxsize=1)
@@ -316,22 +325,23 @@ def _encoder(tokenizer_path: str, engine: str) -> encode.Encoder:
 
 
 def write_shards(
-    plans: list[merge.ShardPlan], encoded: list[Path], output: str, work: Path, *,
-    dtype: np.dtype, level: int | None, counted: figures.Counted, pool: Executor,
+    plans: list[merge.ShardPlan], encoded: EncodedParts, output: str, work: Path, *,
+    dtype: np.dtype, level: int | None, pool: Executor,
 ) -> tuple[list[Shard], dict]:  # fmt: skip
     """Write every planned shard and publish it at the output, any URL, while the next ones are made.
 
     Those that an earlier run published, and that are unchanged, are kept. Returns the shards and what a `figures.Watch`
     has seen in all of them.
     """
-    watch_path = parts.save_array(work / "watch.npy", figures.watch_table(counted))
+    watch_path = work / "watch.npy"
+    parts.save_array(watch_path, figures.watch_table(encoded.counted))
     names = [p.file_name(level is not None) for p in plans]
     with Meter("write", sum(p.tokens for p in plans), " tokens") as meter:
         found = in_threads(lambda name: published_shard(name, output, work), names, threads=UPLOADS)
         shards = {name: shard for name, shard in zip(names, found, strict=True) if shard}
         meter.add(sum(s.tokens for s in shards.values()))
         todo = [(plan, work / name) for plan, name in zip(plans, names, strict=True) if name not in shards]
-        made = pool.run(shard_task, ((plan, encoded, path, str(dtype), level, watch_path) for plan, path in todo))
+        made = pool.run(shard_task, ((plan, encoded.parts, path, str(dtype), level, watch_path) for plan, path in todo))
         for shard in in_threads(lambda shard: publish_shard(shard, output, work), made, threads=UPLOADS):
             shards[shard.name] = shard
             meter.add(shard.tokens)
@@ -355,7 +365,7 @@ def _seen_path(shard: Path) -> Path:
 def publish_shard(shard: Shard, output: str, work: Path) -> Shard:
     """Move a shard from the work folder to the output, verified, and only then mark it as done."""
     fs.move_file(fs.join(output, shard.name), work / shard.name)
-    parts.save_marker(work / f"{shard.name}.json", {"shard": vars(shard)}, [_seen_path(work / shard.name)])
+    parts.save_marker(work / f"{shard.name}.json", {"shard": vars(shard)}, parts.prove(_seen_path(work / shard.name)))
     return shard
 
 

@@ -1,7 +1,5 @@
 """What a person reads on the terminal at the beginning and at the end of a run."""
 
-import platform
-import resource
 import shlex
 import sys
 from collections import Counter
@@ -20,7 +18,7 @@ def show_input(sources: list[corpus.Source], tasks: list[corpus.Task], pool: Exe
           f"({', '.join(f'{n} {k}' for k, n in kinds.items())}); {pool.workers} workers", flush=True)  # fmt: skip
 
 
-def show_summary(output: str, report: dict[str, Any], elapsed_s: float) -> None:
+def show_summary(output: str, report: dict[str, Any], elapsed_s: float, peak_memory: int) -> None:
     """The closing lines: what was made and what to do next."""
     counts, train, val = Counter(report["counts"]), report["totals"]["train"], report["totals"]["val"]
     tokens, stored = train["tokens"] + val["tokens"], train["stored_bytes"] + val["stored_bytes"]
@@ -46,10 +44,8 @@ def show_summary(output: str, report: dict[str, Any], elapsed_s: float) -> None:
     print(f"tokens     {train['tokens']:,} train, {val['tokens']:,} val in {count(stored)}B "
           f"({stored / max(tokens, 1):.2f} bytes each); "
           f"{counts['encoded_bytes'] / max(tokens, 1):.2f} bytes of text per token")  # fmt: skip
-    unit = 1 if platform.system() == "Darwin" else 1024  # ru_maxrss: bytes there, KiB here
-    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) * unit
     print(f"done       in {duration(elapsed_s)}, {count(counts['bytes'] / elapsed_s)}B/s; "
-          f"largest process {count(peak)}B of memory")  # fmt: skip
+          f"at most {count(peak_memory)}B of memory, all processes together")  # fmt: skip
     print(f"report     {fs.redact(fs.join(output, 'report.html'))}")
     print(f"next       python train/run.py --data {shlex.quote(fs.redact(output))} --resume", flush=True)
 

@@ -6,11 +6,14 @@ Stages: read and clean -> choose -> train the tokenizer -> encode -> shuffle int
 moment, the same command with --resume goes on; the output depends on input bytes, settings and seed alone.
 """
 
+import os
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":  # Python put this file's folder first in sys.path: the project's root belongs there
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    # numpy would begin a thread for each core, for products of matrices, of which there are none
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import contextlib
 import functools
@@ -74,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def prepare(argv: list[str] | None) -> int:
-    """Flags -> job -> work folder -> stages."""
+    """Flags -> worker processes -> what is to be done."""
     start_s = time.monotonic()
     settings, given = flags.parse(Settings, argv, prog="tokenize_bpe.py", description=__doc__.split("\n")[0])
     if settings.list_rules:
@@ -82,6 +85,15 @@ def prepare(argv: list[str] | None) -> int:
         return 0
     check(settings)
     check_effect(settings, given)
+    if settings.executor == "ray":
+        return run(settings, None, start_s)
+    # begun before anything looks at an address: that takes a thread, and a process with threads cannot be copied
+    with Pool(settings.workers or usable_cpus()) as pool:
+        return run(settings, pool, start_s)
+
+
+def run(settings: Settings, local: Pool | None, start_s: float) -> int:
+    """Job -> work folder -> stages."""
     mix = mixing.parse(settings.mix)
     inputs = mix.inputs if mix else settings.input
     output = settings.output or default_output(inputs[0])
@@ -116,7 +128,8 @@ def prepare(argv: list[str] | None) -> int:
         shares.agree(work, settings.num_tasks)
         tasks = [t for t in tasks if t.index % settings.num_tasks == settings.task_index]
     try:
-        with make_executor(settings, sources, work, versions) as pool, recorded() as meters:
+        executor = contextlib.nullcontext(local) if local else ray_pool(settings, sources, work, versions)
+        with executor as pool, recorded() as meters:
             show_input(sources, tasks, pool)
             cleaned = stages.clean_corpus(tasks, work, rules=rules, fields=fields_of(settings), pool=pool)
             if settings.task_index is not None:
@@ -132,7 +145,7 @@ def prepare(argv: list[str] | None) -> int:
     script = timing.timing_js(meters, elapsed_s=elapsed_s, workers=pool.workers, resumed=not created)
     fs.put_bytes(fs.join(output, timing.NAME), script)
     shutil.rmtree(work, ignore_errors=True)
-    show_summary(output, described, elapsed_s)
+    show_summary(output, described, elapsed_s, timing.peak_memory(meters))
     return 0
 
 
@@ -169,17 +182,18 @@ def build(
     if warning:
         print(f"warning: {warning}", file=sys.stderr)
     dtype = dtype_for(tokenizer.vocab_size)
-    encoded = stages.encode_parts(cleaned, selection, work, engine=engine, dtype=dtype, seed=settings.seed, pool=pool)
-    counted = stages.count_tokens(cleaned, encoded, tokenizer)
+    encoded = stages.encode_parts(
+        cleaned, selection, work, tokenizer, engine=engine, dtype=dtype, seed=settings.seed, pool=pool
+    )
     shards, seen = stages.write_shards(
-        merge.plan_shards(encoded, settings.shard_tokens), encoded, output, work,
-        dtype=dtype, level=settings.level if settings.compress else None, counted=counted, pool=pool,
+        merge.plan_shards(encoded.places, settings.shard_tokens), encoded, output, work,
+        dtype=dtype, level=settings.level if settings.compress else None, pool=pool,
     )  # fmt: skip
 
     from prep import report_page  # 45 ms, which worker processes need not pay
 
     described = report.describe(
-        settings=job["settings"], sources=sources, cleaned=cleaned, selection=selection, counted=counted, seen=seen,
+        settings=job["settings"], sources=sources, cleaned=cleaned, selection=selection, counted=encoded.counted, seen=seen,
         shards=shards, tokenizer=tokenizer,
     )  # fmt: skip
     fs.put_bytes(fs.join(output, "tokenizer.json"), tokenizer.json_text.encode())
@@ -221,7 +235,7 @@ def make_tokenizer(
             split=settings.split_pattern, pool=pool,
         )  # fmt: skip
     fs.put_bytes(str(path), text.encode())
-    parts.save_marker(marker, {}, [path])
+    parts.save_marker(marker, {}, parts.prove(path))
     return text
 
 
@@ -239,14 +253,12 @@ def look_at(urls: list[str]) -> None:
             fs.exists(corpus.address(url))
 
 
-def make_executor(settings: Settings, sources: list[corpus.Source], work: Path, versions: dict[str, str]) -> Executor:
-    """Where this run's tasks will run."""
-    workers = settings.workers or usable_cpus()
-    if settings.executor == "local":
-        return Pool(workers)
+def ray_pool(settings: Settings, sources: list[corpus.Source], work: Path, versions: dict[str, str]) -> Executor:
+    """Where this run's tasks run with --executor ray."""
     from prep.ray_pool import RayPool  # optional: most need one machine
 
-    return RayPool(workers, work, [fs.local_path(s.url) for s in sources if fs.is_local(s.url)], versions)
+    local_files = [fs.local_path(s.url) for s in sources if fs.is_local(s.url)]
+    return RayPool(settings.workers or usable_cpus(), work, local_files, versions)
 
 
 def find_sources(

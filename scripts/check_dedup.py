@@ -86,7 +86,7 @@ def find_duplicates(args: CheckFlags, n: int) -> tuple[dict[int, str], dict[int,
     earliest = dedup.earliest_equal(documents.doc_hash)
     keep = earliest == np.arange(len(earliest))
     with tempfile.TemporaryDirectory() as work, Pool(1) as pool:
-        path = Path(work) / "clean-000000-0000.zst"
+        path = Path(work) / "clean-000000-0000.docs"
         parts.save_documents(path, documents)
         near = neardup.find([path], [keep], args.near_dup, Path(work), pool)
     return (

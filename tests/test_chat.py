@@ -116,6 +116,12 @@ class Terminal:
                 self.shown += os.read(self.fd, 4096).decode(errors="replace")
         self.shown = self.shown[m.end() :]
 
+    def settle(self):
+        """Until it shows nothing for a second; what it has shown is forgotten."""
+        while select.select([self.fd], [], [], 1)[0]:
+            os.read(self.fd, 4096)
+        self.shown = ""
+
     def type(self, text):
         os.write(self.fd, text.encode())
 
@@ -138,9 +144,10 @@ def test_in_a_terminal(talker, tmp_path, monkeypatch):
     t.until(r"model  .")
     t.type("\x03")  # an answer is stopped, the chat is not
     t.until("you    ")
-    time.sleep(0.5)  # Python forgets a Ctrl-C that comes between its prompt and its first look for a key
+    t.settle()  # an answer that had ended by itself left the Ctrl-C to the prompt, which is shown once more
     t.type("\x03")
     t.until(r"/quit or Ctrl-D leaves.*you    ")
+    t.settle()  # Python takes a Ctrl-C that comes just before its first look for a key for one after the line
     t.type("/max-tokens 4\r")
     t.until(r"max-tokens: 4.*you    ")
     t.type("\x1b[200~one\ntwo\x1b[201~")  # what a terminal sends for a paste of two lines

@@ -25,10 +25,17 @@ def encoded_parts(folder, n_parts, n_documents, seed=0):
     return paths, number_at
 
 
+def plan_shards(paths, shard_tokens):
+    places = merge.Places()
+    for path in paths:
+        places.add(path)
+    return merge.plan_shards(places, shard_tokens)
+
+
 @pytest.mark.parametrize("shard_tokens", [3_000, 10**9])
 def test_every_document_once_in_the_order_of_places(tmp_path, shard_tokens):
     paths, number_at = encoded_parts(tmp_path, n_parts=5, n_documents=200)
-    plans = merge.plan_shards(paths, shard_tokens)
+    plans = plan_shards(paths, shard_tokens)
     written = []
     for plan in plans:
         out = tmp_path / plan.file_name(False)
@@ -49,15 +56,30 @@ def test_every_document_once_in_the_order_of_places(tmp_path, shard_tokens):
 def test_a_split_without_documents_has_no_shards(tmp_path):
     part = parts.Encoded(np.array([2**63 + 5], np.uint64), np.array([3], np.uint32), np.array([0, 7, 8], np.uint16))
     parts.save_encoded(tmp_path / "ids-0", part)
-    assert [p.split for p in merge.plan_shards([tmp_path / "ids-0"], 100)] == ["train"]
+    assert [p.split for p in plan_shards([tmp_path / "ids-0"], 100)] == ["train"]
 
 
 def test_a_part_cut_off_is_an_error(tmp_path):
     paths, _ = encoded_parts(tmp_path, n_parts=1, n_documents=20)
     ids = paths[0].with_suffix(".ids.npy")
     ids.write_bytes(ids.read_bytes()[:-10])
-    first = merge.plan_shards(paths, 10**9)[0]
-    last = merge.plan_shards(paths, 10**9)[-1]
+    first = plan_shards(paths, 10**9)[0]
+    last = plan_shards(paths, 10**9)[-1]
     with pytest.raises(DataError, match="damaged working file"):  # train stands behind val: it is what was cut off
         merge.write_shard(first, paths, tmp_path / "x.bin", dtype=np.dtype(np.uint16), level=None, look=ignore)
     merge.write_shard(last, paths, tmp_path / "x.bin", dtype=np.dtype(np.uint16), level=None, look=ignore)
+
+
+@pytest.mark.parametrize("level", [None, parts.PACKED])
+def test_documents_come_back_and_damage_is_told(tmp_path, level):
+    path, saved = (
+        tmp_path / "clean-0.docs",
+        parts.Documents.build([[("user", "Höllo"), ("assistant", "")], [(None, "x")]]),
+    )
+    proof = parts.save_documents(path, saved, level)
+    assert {name: entry for file in tmp_path.iterdir() for name, entry in parts.prove(file).items()} == proof
+    for name, array in vars(parts.load_documents(path)).items():
+        assert (array.tolist(), array.dtype) == (getattr(saved, name).tolist(), getattr(saved, name).dtype)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(DataError, match="damaged working file"):
+        parts.load_documents(path)

@@ -42,7 +42,7 @@ def find(texts, cuts, folder, threshold=0.8):
     folder.mkdir(exist_ok=True)
     paths = []
     for i, piece in enumerate(np.split(np.array(texts, object), cuts)):
-        paths.append(folder / f"clean-{i:06d}-0000.zst")
+        paths.append(folder / f"clean-{i:06d}-0000.docs")
         parts.save_documents(paths[-1], parts.Documents.build([[(None, t)] for t in piece]))
     keep = [np.ones(parts.load_index(p).shape[1], bool) for p in paths]
     with Pool(1) as pool:
@@ -96,7 +96,7 @@ def alike(texts, i, j):
 
 def test_what_does_not_take_part_stands_for_itself(tmp_path):
     text = random_text(np.random.Generator(np.random.PCG64(3)), 60)
-    path = tmp_path / "clean-000000-0000.zst"
+    path = tmp_path / "clean-000000-0000.docs"
     parts.save_documents(path, parts.Documents.build([[(None, t)] for t in (text, text, text + " more", "else")]))
     with Pool(1) as pool:
         found = neardup.find([path], [np.array([False, True, True, True])], 0.8, tmp_path, pool)

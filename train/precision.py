@@ -1,7 +1,6 @@
 """What the machine can do: device, number format, compilation, peak speed."""
 
 import contextlib
-import ctypes
 import importlib.util
 import os
 import shutil
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
+from cli import memory
 from cli.errors import UserError
 from gpt.model import GPTConfig
 
@@ -20,8 +20,6 @@ PEAK_FLOPS = {
     "H200": 989e12, "H100": 989e12, "GH200": 989e12, "A100": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A10G": 125e12,
     "A10": 125e12, "V100": 125e12, "T4": 65e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "RTX 6000 Ada": 364e12,
 }  # fmt: skip
-
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
 
 @dataclass(frozen=True)
@@ -143,16 +141,9 @@ def choose_machine(device: str, precision: str, compile: str) -> Machine:
 
 
 def keep_freed_memory(machine: Machine) -> None:
-    """Where a CPU trains, have glibc keep what is freed for the next step, instead of giving large buffers back to the kernel each time.
-
-    The kernel zeroes them page by page when they come back: 1 ms a MB on a virtual machine, 4 % of a `small` step.
-    """
-    if machine.device.type != "cpu":
-        return
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    """Where a CPU trains, have glibc keep what is freed for the next step: giving it back is 4 % of a `small` step."""
+    if machine.device.type == "cpu":
+        memory.keep_freed_memory()
 
 
 def attention_kernel(shape: GPTConfig, machine: Machine) -> str:
