@@ -15,7 +15,7 @@ from store.errors import DataError, StoreError
 from tests.faulty_disk import FaultyDisk
 from tests.helpers import error_of, save, start, train
 from tests.test_resume import SMALL, train_until_killed
-from tests.test_saver import away
+from tests.test_saver import gave_up
 from train import checkpoint, run, saver
 from train.exits import FENCED, STOPPED
 from train.folder import RunFolder, parse_lines
@@ -87,8 +87,7 @@ def test_a_machine_that_came_between_and_saved_nothing_costs_nothing(data, tmp_p
     url = f"memory://between/{tmp_path.name}"
     flags = ("--data", data, *FLAGS, "--out", url)
     assert train(*flags, "--steps", 4, "--cache", tmp_path / "first") == 0
-    with monkeypatch.context() as m:
-        away(m, url)
+    with gave_up(monkeypatch, url):
         train(*flags, "--steps", 16, "--cache", tmp_path / "first")  # step 16 is on this machine alone
     train_until_killed(monkeypatch, 2, *flags, "--steps", 20, "--cache", tmp_path / "second")
     assert train(*flags, "--steps", 20, "--cache", tmp_path / "first") == 0
@@ -101,8 +100,7 @@ def test_without_config_json_this_machines_steps_count_still(data, tmp_path, mon
     url = f"memory://nameless/{tmp_path.name}"
     flags = ("--data", data, *FLAGS, "--out", url, "--cache", tmp_path / "machine")
     assert train(*flags, "--steps", 4) == 0
-    with monkeypatch.context() as m:
-        away(m, url)
+    with gave_up(monkeypatch, url):
         train(*flags, "--steps", 16)
     fs.delete(f"{url}/config.json")
     assert train(*flags, "--steps", 20) == 0

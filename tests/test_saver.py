@@ -1,5 +1,6 @@
 """Saves behind the loop's back: a true copy, one at a time, two tiers, and failures that are loud but stop nothing."""
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -145,13 +146,22 @@ def away(monkeypatch, url):
     monkeypatch.setattr(mirror, "PAUSE_S", 0.05)
 
 
+@contextlib.contextmanager
+def gave_up(monkeypatch, url):
+    """The bucket is away until a trainer has given up, whose uploading thread would live on in this process alone."""
+    with monkeypatch.context() as m:
+        away(m, url)
+        yield
+        m.setattr(mirror, "PAUSE_S", 1e6)
+        time.sleep(1)  # until it has tried once more, and waits
+
+
 def test_an_outage_of_the_bucket_stops_nothing_and_a_killed_process_loses_nothing(data, tmp_path, monkeypatch, capsys):
     flags = ("--data", data, "--steps", 20, "--save-every", 4, *SMALL, "--resume", "--cache", tmp_path / "machine")
     assert train(*flags, "--out", tmp_path / "quiet") == 0
     url = f"memory://outage/{tmp_path.name}"
     train_until_killed(monkeypatch, 6, *flags, "--out", url)
-    with monkeypatch.context() as m:
-        away(m, url)
+    with gave_up(monkeypatch, url):
         assert train(*flags, "--out", url) == UNSAVED  # 20 steps done, and said that they are not there
     assert [c.step for c in checkpoint.committed(url)] == [4]
     assert "training goes on: the bucket answers 503" in capsys.readouterr().err
@@ -199,8 +209,7 @@ def test_a_machine_that_was_overtaken_forgets_its_own_tier(data, tmp_path, monke
     flags = ("--data", data, "--save-every", 4, *SMALL, "--resume", "--schedule", "constant")
     url = f"memory://overtaken/{tmp_path.name}"
     assert train(*flags, "--steps", 4, "--out", url, "--cache", tmp_path / "first") == 0
-    with monkeypatch.context() as m:
-        away(m, url)
+    with gave_up(monkeypatch, url):
         assert train(*flags, "--steps", 16, "--out", url, "--cache", tmp_path / "first") == UNSAVED
     assert train(*flags, "--steps", 8, "--out", url, "--cache", tmp_path / "second") == 0
     assert train(*flags, "--steps", 12, "--out", url, "--cache", tmp_path / "first") == 0
