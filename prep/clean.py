@@ -6,16 +6,18 @@ prints what stands here; docs/cleaning.md tells why.
 
 import difflib
 import hashlib
-import operator
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+
 from cli.errors import UserError
 from prep import characters, conversation, markup, mojibake, private, quality
 from prep.formats import Document
 from prep.look import Look
+from prep.parts import Gathered
 
 
 class Rule(NamedTuple):
@@ -130,7 +132,6 @@ def read_blocklist(name: str, text: str) -> tuple[str, ...]:
 
 
 Change = tuple[str, Sequence[str], Sequence[str]]  # rule, texts before, texts after
-_text_of = operator.itemgetter(1)
 
 
 class Cleaner:
@@ -150,13 +151,20 @@ class Cleaner:
         if "mojibake" in rules:
             mojibake.mojibake("é")  # where ftfy is not installed, that is said before anything is read
 
+    def settles(self, gathered: Gathered) -> np.ndarray:
+        """(documents,) bool: those that `clean` would give back as they are, as far as all can be seen at once."""
+        if self.looks:
+            return np.zeros(len(gathered.doc_turns), bool)
+        has_text = np.fromiter(map(bool, gathered.said), bool, len(gathered.said))
+        return np.logical_or.reduceat(has_text, gathered.first_turns())
+
     def clean(self, document: Document) -> tuple[Document | str, list[Change]]:
         """(the cleaned document, or the reason why it is dropped; what each rule changed)."""
         if not document:
             return "empty", []
         changes: list[Change] = []
         if not self.looks:
-            return (document if any(map(_text_of, document)) else "empty"), changes
+            return (document if any(text for _, text in document) else "empty"), changes
         roles, texts = zip(*document, strict=True)
         if self.drops_long and sum(map(len, texts)) > quality.MAX_CHARS:  # before it costs ten times its size
             return "too_long", changes

@@ -14,6 +14,7 @@ from typing import Any, Literal
 Kind = Literal["chat", "turns", "plain", "lines", "jsonl", "json", "csv", "parquet", "arrow"]
 RECORDS = ("jsonl", "json", "csv", "parquet", "arrow")  # have fields
 Document = list[tuple[str | None, str]]
+ROLES = (None, "user", "assistant", "system")  # arrays hold the index
 
 DOCUMENT_CHARS = 16 << 10  # text without ends of documents is cut at about this: four blocks of 1,024 tokens
 EXCERPT_CHARS = 200
@@ -105,49 +106,25 @@ def text_kind(head: bytes) -> Kind:
 def documents(
     text: str, kind: Kind, fields: Fields = KNOWN_FIELDS, *, first_line: int = 1
 ) -> Iterator[Document | Unusable]:
-    """The documents of a chunk's text."""
+    """The documents of a chunk's text, of any kind but chat: those are found by `labelled.conversations`."""
     text = text.removeprefix("\ufeff")
     if kind == "jsonl":
         for number, line in enumerate(text.split("\n"), first_line):
             if line and not line.isspace():
                 document = parse_json(line, fields)
                 yield Unusable(document, line[:EXCERPT_CHARS], number) if isinstance(document, str) else document
-    elif kind == "chat":
-        yield from _conversations(text)
     elif kind == "turns":
         yield from _runs_of_turns(text)
+    elif kind == "plain":
+        yield from _passages(_blocks(text), "\n\n")
+    elif kind == "lines":
+        yield from _passages(text.split("\n"), "\n")
     else:
-        yield from _passages(_blocks(text), "\n\n") if kind == "plain" else _passages(text.split("\n"), "\n")
+        raise ValueError(kind)
 
 
 def _blocks(text: str) -> list[str]:
     return [b for b in re.split(r"\n[ \t\r]*\n", text) if b and not b.isspace()]
-
-
-def _conversations(text: str) -> Iterator[Document]:
-    """Blank-line separated blocks of labelled turns.
-
-    A block without any label goes on with the turn before it: replies of several paragraphs are common. A block whose
-    first line alone lacks a label has lost it: the line was said by whoever does not speak next.
-    """
-    current: Document = []
-    for block in _blocks(text):
-        document = _turns(block)
-        lead_role, lead = document[0]
-        if lead_role is None and len(document) == 1 and current:
-            role, said = current[-1]
-            current[-1] = (role, f"{said}\n\n{lead}")
-            continue
-        if lead_role is None and len(document) > 1:
-            document[0] = ("assistant" if document[1][0] == "user" else "user", lead)
-        if current and lead_role == "assistant" and current[-1][0] == "user":
-            current += document
-            continue
-        if current:
-            yield current
-        current = document
-    if current:
-        yield current
 
 
 def _turns(block: str) -> Document:

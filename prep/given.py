@@ -5,7 +5,7 @@ import json
 import tokenizers
 
 from cli.errors import UserError
-from gpt.tokenizer import SPLIT_PATTERNS, add_special_tokens
+from gpt.tokenizer import SPLIT_PATTERNS, Tokenizer, add_special_tokens
 from prep.bpe import assemble
 from store import fs
 
@@ -14,8 +14,8 @@ PAIRS = {"encoder.json": "vocab.bpe", "vocab.json": "merges.txt"}  # OpenAI's na
 PROBE = "".join(map(chr, [*range(0x800), *range(0x800, 0xD800, 0x400), *range(0xE000, 0x110000, 0x1000)]))
 
 
-def load(where: str) -> tuple[str, list[str]]:
-    """(tokenizer.json with all special tokens, those that were added) of a file, or of a folder that holds it.
+def load(where: str) -> tuple[Tokenizer, list[str]]:
+    """(tokenizer with all special tokens, those that were added) of a file, or of a folder that holds it.
 
     Ids that the files give stay. Raises UserError where it is not a byte-level BPE that can give back any text.
     """
@@ -33,7 +33,7 @@ def load(where: str) -> tuple[str, list[str]]:
         raise UserError(
             f"{fs.redact(url)}: a {kind} tokenizer that does not give text back exactly; expected a byte-level BPE"
         )
-    return tokenizer.to_str(pretty=True), added
+    return Tokenizer.of(tokenizer), added
 
 
 def _find(where: str) -> str:

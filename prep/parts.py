@@ -13,7 +13,7 @@ import json
 import os
 import secrets
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,14 +21,73 @@ import numpy as np
 import xxhash
 import zstandard
 
+from prep.formats import ROLES, Document
 from store.errors import DataError, StoreError
 
 T = TypeVar("T")
 Proof = dict[str, list]  # file name: [bytes, xxh3 of them]
 
 PACKED = 1  # zstd level for text: to 40 % at 300 MB/s, where it would not all fit the disk otherwise
-ROLES = (None, "user", "assistant", "system")  # a part stores the index
 _ROLE_INDEX = {role: i for i, role in enumerate(ROLES)}
+
+
+@dataclass
+class Gathered:
+    """Documents on their way into arrays."""
+
+    said: list[bytes] = field(default_factory=list)  # UTF-8 of each turn
+    roles: bytearray = field(default_factory=bytearray)  # index into ROLES of each turn
+    doc_turns: list[int] = field(default_factory=list)  # turns of each document
+
+    def __len__(self) -> int:
+        return len(self.doc_turns)
+
+    def __iter__(self) -> Iterator[Document]:
+        """Each document as turns of (role, text)."""
+        ends = itertools.accumulate(self.doc_turns, initial=0)
+        for a, b in itertools.pairwise(ends):
+            yield [(ROLES[role], said.decode()) for role, said in zip(self.roles[a:b], self.said[a:b], strict=True)]
+
+    def first_turns(self) -> np.ndarray:
+        """(documents,) int64: where each document begins among the turns."""
+        turns = np.array(self.doc_turns, np.int64)
+        return np.cumsum(turns) - turns
+
+    def add(self, document: Document) -> None:
+        """Take another document, of turns of (role, text)."""
+        self.said += [text.encode() for _, text in document]
+        self.roles += bytes([_ROLE_INDEX[role] for role, _ in document])
+        self.doc_turns.append(len(document))
+
+    def extend(self, other: "Gathered") -> None:
+        """Take all of another's documents."""
+        self.said += other.said
+        self.roles += other.roles
+        self.doc_turns += other.doc_turns
+
+    def runs(self, flags: np.ndarray) -> Iterator[tuple[bool, "Gathered"]]:
+        """(flag, documents in a row that have it), in order; `flags` (documents,) bool."""
+        begins = np.flatnonzero(np.diff(flags, prepend=~flags[:1]))
+        turn_at = list(itertools.accumulate(self.doc_turns, initial=0))
+        for first, last in itertools.pairwise([*begins.tolist(), len(flags)]):
+            turns = slice(turn_at[first], turn_at[last])
+            yield bool(flags[first]), Gathered(self.said[turns], self.roles[turns], self.doc_turns[first:last])
+
+    def documents(self) -> "Documents":
+        """Arrays of all of them."""
+        # 0xff occurs in no UTF-8: different turns can never join to the same bytes
+        roles = bytes(self.roles)
+        hashes = [
+            xxhash.xxh3_64_intdigest(b"\xff".join((*self.said[a:b], roles[a:b])))
+            for a, b in itertools.pairwise(itertools.accumulate(self.doc_turns, initial=0))
+        ]
+        return Documents(
+            np.frombuffer(b"".join(self.said), np.uint8),
+            np.fromiter(map(len, self.said), np.uint32, len(self.said)),
+            np.frombuffer(roles, np.uint8),
+            np.array(self.doc_turns, np.uint32),
+            np.array(hashes, np.uint64),
+        )
 
 
 @dataclass
@@ -42,24 +101,12 @@ class Documents:
     doc_hash: np.ndarray  # (documents,) uint64
 
     @classmethod
-    def build(cls, documents: list[list[tuple[str | None, str]]]) -> "Documents":
+    def build(cls, documents: Iterable[Document]) -> "Documents":
         """Arrays of documents given as turns of (role, text)."""
-        said = [text.encode() for document in documents for _, text in document]
-        roles = bytes([_ROLE_INDEX[role] for document in documents for role, _ in document])
-        turns = np.fromiter(map(len, documents), np.uint32, len(documents))
-        turn_bytes = np.fromiter(map(len, said), np.uint32, len(said))
-        # 0xff occurs in no UTF-8: different turns can never join to the same bytes
-        ends = np.cumsum(turns, dtype=np.int64).tolist()
-        hashes = [
-            xxhash.xxh3_64_intdigest(b"\xff".join((*said[a:b], roles[a:b]))) for a, b in itertools.pairwise([0, *ends])
-        ]
-        return cls(
-            np.frombuffer(b"".join(said), np.uint8),
-            turn_bytes,
-            np.frombuffer(roles, np.uint8),
-            turns,
-            np.array(hashes, np.uint64),
-        )
+        gathered = Gathered()
+        for document in documents:
+            gathered.add(document)
+        return gathered.documents()
 
     def select(self, keep: np.ndarray) -> "Documents":
         """Only the documents where `keep`, (documents,) bool, is true."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import itertools
 import multiprocessing
 import os
 import queue
@@ -35,7 +36,10 @@ class Executor(Protocol):
     def __exit__(self, kind: object, error: object, trace: object) -> None: ...
 
     def run(self, work: Callable[..., T], tasks: Iterable[tuple[Any, ...]]) -> Iterator[T]:
-        """`work(*task)` for each task, in order, a bounded number under way. What a task raises is raised."""
+        """`work(*task)` for each task, in order, a bounded number under way, the first ones from now on.
+
+        What a task raises is raised.
+        """
 
 
 def usable_cpus() -> int:
@@ -46,14 +50,19 @@ def usable_cpus() -> int:
 def in_order(
     start: Callable[[Any], Any], result: Callable[[Any], T], tasks: Iterable[Any], under_way: int
 ) -> Iterator[T]:
-    """`result(start(task))` of each task, in order, with at most `under_way` started and not yet given out."""
-    started: deque = deque()
-    for task in tasks:
-        started.append(start(task))
-        if len(started) >= under_way:
+    """`result(start(task))` of each task, in order, with at most `under_way` started and not yet given out.
+
+    The first ones are started here and now, before any result is asked for.
+    """
+    tasks = iter(tasks)
+    started = deque(map(start, itertools.islice(tasks, under_way)))
+
+    def results() -> Iterator[T]:
+        while started:
             yield result(started.popleft())
-    while started:
-        yield result(started.popleft())
+            started.extend(map(start, itertools.islice(tasks, 1)))
+
+    return results()
 
 
 # Ctrl-C and a closed terminal reach every process of it: the parent answers for all
@@ -126,25 +135,32 @@ class Pool:
     def run(self, work: Callable[..., T], tasks: Iterable[tuple[Any, ...]]) -> Iterator[T]:
         """`work(*task)` for each task, in order, at most 2 tasks per worker under way. What a task raises is raised."""
         if self.executor is None:
-            yield from (work(*task) for task in tasks)
-            return
-
-        try:
-            yield from in_order(
-                lambda task: self._submit(work, *task), Future.result, tasks, under_way=2 * self.workers
-            )
-        except BrokenProcessPool as e:
-            raise Unfinished("a worker process was killed, most often for lack of memory: "
-                             "run the same command with --resume and fewer --workers") from e  # fmt: skip
+            return itertools.starmap(work, tasks)
+        return in_order(lambda task: self._submit(work, *task), _result, tasks, under_way=2 * self.workers)
 
     def _submit(self, work: Callable[..., T], *task: Any) -> Future:
         # This may start a worker, which takes a moment until it ignores signals: they are held back from it until then, as
         # they are from whoever starts it.
         held = signal.pthread_sigmask(signal.SIG_BLOCK, PARENTS_SIGNALS)
         try:
-            return self.executor.submit(work, *task)
+            with _a_lost_worker_explained():
+                return self.executor.submit(work, *task)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, held)
+
+
+def _result(future: Future) -> Any:
+    with _a_lost_worker_explained():
+        return future.result()
+
+
+@contextlib.contextmanager
+def _a_lost_worker_explained() -> Iterator[None]:
+    try:
+        yield
+    except BrokenProcessPool as e:
+        raise Unfinished("a worker process was killed, most often for lack of memory: "
+                         "run the same command with --resume and fewer --workers") from e  # fmt: skip
 
 
 def in_threads(work: Callable[[Any], T], items: Iterable[Any], *, threads: int) -> Iterator[T]:

@@ -103,7 +103,7 @@ class RayPool:
     def run(self, work: Callable[..., T], tasks: Iterable[tuple[Any, ...]]) -> Iterator[T]:
         """`work(*task)` for each task, in order, at most 2 tasks per CPU under way. What a task raises is raised."""
         remote = self.ray.remote(work).options(max_retries=RETRIES)
-        yield from in_order(lambda task: remote.remote(*task), self.result, tasks, under_way=2 * self.workers)
+        return in_order(lambda task: remote.remote(*task), self.result, tasks, under_way=2 * self.workers)
 
     def result(self, task: Any) -> Any:
         """What a task returned; what it raised, as it was; one line for what befell it."""

@@ -12,7 +12,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from gpt.tokenizer import ROLE_TOKENS, Tokenizer
 from prep.corpus import Source
 from prep.figures import EDGES, Counted, Figures, expected_documents
-from prep.parts import ROLES
+from prep.formats import ROLES
 from prep.stages import Cleaned, Selection
 from prep.verdict import verdict
 from store import fs

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from cli.errors import UserError
 from cli.flags import flag, number
-from gpt.tokenizer import SPLIT_PATTERNS
+from gpt.tokenizer import SPLIT_PATTERNS, Tokenizer
 from prep import bpe, corpus, mixing, shares, spool
 from prep import clean as cleaning
 from prep.formats import Fields
@@ -198,7 +198,7 @@ def default_output(first_input: str) -> str:
 
 def describe_job(
     settings: Settings, rules: cleaning.Settings, sources: list[corpus.Source], trainer: str,
-    given: tuple[str, list[str]] | None,
+    given: Tokenizer | None,
 ) -> dict[str, Any]:  # fmt: skip
     """All that the output depends on: a resumed run must have the same. Names and sizes, no folders or credentials."""
     fixed = {k: v for k, v in asdict(settings).items() if k not in FREE} | {"trainer": trainer}
@@ -206,6 +206,6 @@ def describe_job(
     mix = mixing.parse(settings.mix)
     fixed["mix"] = ", ".join(map(str, mix.weights)) if mix else ""
     fixed |= {"language": ",".join(rules.languages), "blocklist": rules.blocklist_sha256}
-    fixed["tokenizer"] = hashlib.sha256(given[0].encode()).hexdigest() if given else ""
+    fixed["tokenizer"] = hashlib.sha256(given.json_text.encode()).hexdigest() if given else ""
     files = [[fs.redact(s.url).rsplit("/", 1)[-1], s.size, s.kind, s.fingerprint, s.group] for s in sources]
     return {"settings": fixed, "sources": files}

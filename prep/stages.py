@@ -24,7 +24,7 @@ from store.shards import Shard
 
 UPLOADS = 4  # shards on their way to the output at once, beside the work: as many wait on this disk at most
 PACK_FROM = 1 << 30  # bytes of input: of fewer, all of it fits any disk once more, and packing is a tenth of the work
-PROOFS, PROOF_BYTES = 16, 512 << 10  # places in the corpus, and text from all of them, that engines are compared on
+PROOFS, PROOF_BYTES = 16, 256 << 10  # places in the corpus, and text from all of them, that engines are compared on
 LARGEST_CLUSTERS, CLUSTER_EXCERPT = 20, 200  # in the report; characters
 
 
@@ -92,37 +92,48 @@ def clean_task(task: corpus.Task, work: Path, rules: cleaning.Settings, fields: 
     cleaner, strict = cleaning.Cleaner(rules), "ascii" in rules.rules
     counts, examples, changes, files = Counter(), {}, {}, {}
     lines, first_unusable = [0] * len(task.pieces), None
-    waiting: list[Document] = []
-    waiting_bytes = 0
+    waiting, waiting_bytes = parts.Gathered(), 0
 
     def write() -> None:
         nonlocal waiting, waiting_bytes
-        documents = parts.Documents.build(waiting)
+        documents = waiting.documents()
         counts.update(kept=len(waiting), kept_bytes=len(documents.text), turns=len(documents.turn_role))
-        counts["chat"] += sum(document[0][0] is not None for document in waiting)
+        counts["chat"] += int(np.count_nonzero(documents.turn_role[waiting.first_turns()]))
         path = work / f"clean-{task.index:06d}-{len(files) // 2:04d}.docs"
         files.update(parts.save_documents(path, documents, level))
-        waiting, waiting_bytes = [], 0
+        waiting, waiting_bytes = parts.Gathered(), 0
 
     def drop(reason: str, text: str) -> None:
         counts[f"dropped_{reason}"] += 1
         if len(examples.setdefault(reason, [])) < cleaning.EXAMPLES:
             examples[reason].append(private.mask(text[:200]))
 
+    def clean(document: Document) -> None:
+        cleaned, changed = cleaner.clean(document)
+        if changed:
+            cleaning.tally(changed, counts, changes)
+        if isinstance(cleaned, list):
+            waiting.add(cleaned)
+        else:
+            drop(cleaned, "\n".join(said for _, said in document))
+
     for number, batch in ((n, b) for n, p in enumerate(task.pieces) for b in reading.read(p, fields, strict=strict)):
-        for record in batch.documents:
+        for record in batch.records:
+            if isinstance(record, parts.Gathered):
+                counts["documents"] += len(record)
+                for settled, run in record.runs(cleaner.settles(record)):
+                    if settled:
+                        waiting.extend(run)
+                    else:
+                        for document in run:
+                            clean(document)
+                continue
             counts["documents"] += 1
             if isinstance(record, Unusable):
                 drop(record.reason, record.excerpt)
                 first_unusable = first_unusable or (number, record.reason, record.line, private.mask(record.excerpt))
-                continue
-            document, changed = cleaner.clean(record)
-            if changed:
-                cleaning.tally(changed, counts, changes)
-            if isinstance(document, list):
-                waiting.append(document)
             else:
-                drop(document, "\n".join(said for _, said in record))
+                clean(record)
         counts.update(bytes=batch.text_bytes, invalid_utf8=batch.invalid_utf8, cut=batch.cut)
         lines[number] += batch.lines
         waiting_bytes += batch.text_bytes
@@ -232,19 +243,26 @@ def kept_documents(path: Path, chosen: np.ndarray, repeated: np.ndarray | None) 
 def choose_engine(
     cleaned: Cleaned, work: Path, tokenizer: Tokenizer, pool: Executor
 ) -> tuple[encode.Engine, str | None]:  # fmt: skip
-    """(engine, warning): fastokens where it proves equal to the reference on texts spread over the corpus."""
-    warning = encode.unfit(tokenizer)
+    """(engine, warning): the fastest that proves equal to the reference on texts spread over the corpus."""
+    engine, warning = encode.fastest(tokenizer)
     if warning is None:
         spread = cleaned.parts[:: -(-len(cleaned.parts) // PROOFS)]
-        jobs = ((path, work / "tokenizer.json", PROOF_BYTES // len(spread)) for path in spread)
-        warning = next(filter(None, list(pool.run(proof_task, jobs))), None)
-    return "tokenizers" if warning else "fastokens", warning
+        n_bytes = PROOF_BYTES // len(spread)
+        made = pool.run(proof_task, ((path, work / "tokenizer.json", engine, n_bytes) for path in spread))
+        # while workers load the engine, this process does what the reference does: neither needs both
+        expected = [tokenizer.encode_batch(proof_sample(path, n_bytes)) for path in spread]
+        warning = next(filter(None, list(map(encode.disproof, made, expected))), None)
+    return ("tokenizers" if warning else engine), warning
 
 
-def proof_task(path: Path, tokenizer: Path, n_bytes: int) -> str | None:
-    """What `encode.disproof` says about the first turns of a cleaned part."""
-    first = next(parts.load_documents(path).blocks(n_bytes))
-    return encode.disproof(lambda: _encoder(str(tokenizer), "fastokens"), [text[:n_bytes] for text in first.turns()])
+def proof_sample(path: Path, n_bytes: int) -> list[str]:
+    """The first turns of a cleaned part."""
+    return [text[:n_bytes] for text in next(parts.load_documents(path).blocks(n_bytes)).turns()]
+
+
+def proof_task(path: Path, tokenizer: Path, engine: encode.Engine, n_bytes: int) -> encode.Batch | str:
+    """What the engine makes of a part's sample, or why it makes nothing."""
+    return encode.attempt(lambda: _encoder(str(tokenizer), engine), proof_sample(path, n_bytes))
 
 
 @dataclass(frozen=True)
@@ -269,7 +287,18 @@ def encode_parts(
     def count_each() -> Iterator[tuple[int, figures.Figures]]:
         """Figures of each part, taken in while workers encode the next ones."""
         jobs = (
-            (path, keep, again, tokenizer_path, engine, str(dtype), selection.val_limit, seed, spread_limit)
+            (
+                path,
+                keep,
+                again,
+                tokenizer_path,
+                tokenizer.vocab_size,
+                engine,
+                str(dtype),
+                selection.val_limit,
+                seed,
+                spread_limit,
+            )
             for path, keep, again in zip(cleaned.parts, selection.keep, repeated, strict=True)
         )
         made = pool.run(encode_task, jobs)
@@ -287,7 +316,7 @@ def encode_parts(
 
 
 def encode_task(
-    path: Path, keep: np.ndarray, repeated: np.ndarray | None, tokenizer: Path, engine: str, dtype: str,
+    path: Path, keep: np.ndarray, repeated: np.ndarray | None, tokenizer: Path, vocab_size: int, engine: encode.Engine, dtype: str,
     val_limit: int, seed: int, spread_limit: int,
 ) -> dict:  # fmt: skip
     """One cleaned part -> one encoded part, the figures about it and their marker."""
@@ -300,9 +329,7 @@ def encode_task(
     encoded, turn_ids = encode.encode_documents(
         documents, encoder, val_limit=val_limit, seed=seed, dtype=np.dtype(dtype)
     )
-    about = figures.measure(
-        documents, turn_ids, encoded, vocab_size=encoder.tokenizer.vocab_size, spread_limit=spread_limit
-    )
+    about = figures.measure(documents, turn_ids, encoded, vocab_size=vocab_size, spread_limit=spread_limit)
     narrow = figures.Figures(*(counts.astype(np.uint32) for counts in vars(about).values()))
     files = parts.save_encoded(out, encoded) | parts.save_arrays(_figures_path(out), narrow)
     return parts.save_marker(marker_path, {"bytes": len(documents.text)}, files)
@@ -317,8 +344,8 @@ def _figures_path(encoded: Path) -> Path:
 
 
 @functools.lru_cache(maxsize=1)
-def _encoder(tokenizer_path: str, engine: str) -> encode.Encoder:
-    return encode.Encoder(Tokenizer(Path(tokenizer_path).read_text("utf-8")), engine)
+def _encoder(tokenizer_path: str, engine: encode.Engine) -> encode.Encoder:
+    return encode.Encoder(Path(tokenizer_path).read_text("utf-8"), engine)
 
 
 # ---- shards ---------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ Stages: read and clean -> choose -> train the tokenizer -> encode -> shuffle int
 moment, the same command with --resume goes on; the output depends on input bytes, settings and seed alone.
 """
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -14,15 +15,18 @@ if __name__ == "__main__":  # Python put this file's folder first in sys.path: t
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
     # numpy would begin a thread for each core, for products of matrices, of which there are none
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    gc.set_threshold(1_000_000)  # modules are no garbage: to look for some takes 15 ms while they are imported
 
 import contextlib
 import functools
 import hashlib
 import json
 import shutil
+import threading
 import time
 import unicodedata
 from importlib.metadata import version
+from types import ModuleType
 from typing import Any
 
 from cli import flags
@@ -104,10 +108,10 @@ def run(settings: Settings, local: Pool | None, start_s: float) -> int:
     if spool.STDIN in inputs and work_folder.is_complete(output, resume=resume):
         print(f"{fs.redact(output)} is complete already; standard input is not read")
         return 0
-    given_tokenizer = load_tokenizer(settings.tokenizer) if settings.tokenizer else None
-    trainer = "given" if given_tokenizer else vocabulary.choose_trainer(settings.tokenizer_type, settings.trainer)
+    given, added = load_tokenizer(settings.tokenizer) if settings.tokenizer else (None, [])
+    trainer = "given" if given else vocabulary.choose_trainer(settings.tokenizer_type, settings.trainer)
     sources = find_sources(settings, inputs, work, output, resume=resume)
-    job = describe_job(settings, rules, sources, trainer, given_tokenizer)
+    job = describe_job(settings, rules, sources, trainer, given)
     versions = made_with(trainer, rules)
     if work_folder.already_complete(output, job, resume=resume):
         shutil.rmtree(work, ignore_errors=True)  # a kill between the last write and this can have left it
@@ -131,11 +135,13 @@ def run(settings: Settings, local: Pool | None, start_s: float) -> int:
         executor = contextlib.nullcontext(local) if local else ray_pool(settings, sources, work, versions)
         with executor as pool, recorded() as meters:
             show_input(sources, tasks, pool)
+            if added:
+                print(f"tokenizer  {fs.redact(settings.tokenizer)} has no {', '.join(added)}: added after its last id")
             cleaned = stages.clean_corpus(tasks, work, rules=rules, fields=fields_of(settings), pool=pool)
             if settings.task_index is not None:
                 print(f"task       {settings.task_index} of {settings.num_tasks} is done; after the last one: --finish")
                 return 0
-            described = build(settings, sources, cleaned, output, work, pool, job, trainer, given_tokenizer, versions)
+            described = build(settings, sources, cleaned, output, work, pool, job, trainer, given, versions)
     except USER_ERRORS as e:
         # a fresh run that cannot succeed leaves nothing half-made; one stopped from outside can go on with --resume
         if created and settings.task_index is None and not isinstance(e, StoreError | Unfinished):
@@ -151,7 +157,7 @@ def run(settings: Settings, local: Pool | None, start_s: float) -> int:
 
 def build(
     settings: Settings, sources: list[corpus.Source], cleaned: stages.Cleaned, output: str, work: Path, pool: Executor,
-    job: dict[str, Any], trainer: str, given_tokenizer: tuple[str, list[str]] | None, versions: dict[str, str],
+    job: dict[str, Any], trainer: str, given: Tokenizer | None, versions: dict[str, str],
 ) -> dict[str, Any]:  # fmt: skip
     """The visible sequence of stages after cleaning. Returns the report."""
     if not cleaned.counts["kept"]:
@@ -175,7 +181,7 @@ def build(
     )
 
     try:
-        tokenizer = Tokenizer(make_tokenizer(settings, cleaned, selection, work, trainer, given_tokenizer, pool))
+        tokenizer = make_tokenizer(settings, cleaned, selection, work, trainer, given, pool)
     except bpe.TooLittleText as e:
         raise UserError(f"{little_left(cleaned.counts + selection.counts)}{e}") from e
     engine, warning = stages.choose_engine(cleaned, work, tokenizer, pool)
@@ -185,12 +191,11 @@ def build(
     encoded = stages.encode_parts(
         cleaned, selection, work, tokenizer, engine=engine, dtype=dtype, seed=settings.seed, pool=pool
     )
+    threading.Thread(target=load_page).start()  # 80 ms, which need not be waited for while workers write
     shards, seen = stages.write_shards(
         merge.plan_shards(encoded.places, settings.shard_tokens), encoded, output, work,
         dtype=dtype, level=settings.level if settings.compress else None, pool=pool,
     )  # fmt: skip
-
-    from prep import report_page  # 45 ms, which worker processes need not pay
 
     described = report.describe(
         settings=job["settings"], sources=sources, cleaned=cleaned, selection=selection, counted=encoded.counted, seen=seen,
@@ -198,7 +203,7 @@ def build(
     )  # fmt: skip
     fs.put_bytes(fs.join(output, "tokenizer.json"), tokenizer.json_text.encode())
     fs.put_bytes(fs.join(output, "report.json"), json.dumps(described, indent=1, ensure_ascii=False).encode())
-    fs.put_bytes(fs.join(output, "report.html"), report_page.render(described).encode())
+    fs.put_bytes(fs.join(output, "report.html"), load_page().render(described).encode())
     fs.delete_leftovers(output)
     write_metadata(
         output,
@@ -216,27 +221,32 @@ def build(
     return described
 
 
+def load_page() -> ModuleType:
+    """prep/report_page.py, imported, with its template made: neither is anything to worker processes."""
+    from prep import report_page
+
+    report_page.template()
+    return report_page
+
+
 def make_tokenizer(
     settings: Settings, cleaned: stages.Cleaned, selection: stages.Selection, work: Path,
-    trainer: str, given: tuple[str, list[str]] | None, pool: Executor,
-) -> str:  # fmt: skip
-    """tokenizer.json: the given one, the one an interrupted run had trained, or a new one."""
+    trainer: str, given: Tokenizer | None, pool: Executor,
+) -> Tokenizer:  # fmt: skip
+    """The given one, the one an interrupted run had trained, or a new one."""
     path, marker = work / "tokenizer.json", work / "tokenizer.marker"
     if parts.load_marker(marker):
-        return path.read_text("utf-8")
-    if given:
-        text, added = given
-        if added:
-            print(f"tokenizer  {fs.redact(settings.tokenizer)} has no {', '.join(added)}: added after its last id")
-    else:
-        text = vocabulary.train(
+        return given or Tokenizer(path.read_text("utf-8"))
+    tokenizer = given or Tokenizer(
+        vocabulary.train(
             cleaned, selection,
             trainer=trainer, vocab_size=settings.vocab_size, min_frequency=settings.min_frequency,
             split=settings.split_pattern, pool=pool,
-        )  # fmt: skip
-    fs.put_bytes(str(path), text.encode())
+        )
+    )  # fmt: skip
+    fs.put_bytes(str(path), tokenizer.json_text.encode())
     parts.save_marker(marker, {}, parts.prove(path))
-    return text
+    return tokenizer
 
 
 def made_with(trainer: str, rules: cleaning.Settings) -> dict[str, str]:
@@ -280,4 +290,4 @@ def find_sources(
 
 
 if __name__ == "__main__":
-    flags.run(main, outlives_stdout=True)
+    flags.run(main, outlives_stdout=True, at_once=True)

@@ -95,7 +95,7 @@ def show_quality(taught: list[str], held_out: list[str], vocab_size: int) -> Non
         start_s = time.process_time()
         tokenizer = Tokenizer(train(turns, trainer, split, vocab_size))
         took_s = time.process_time() - start_s
-        n_tokens = len(encode.Encoder(tokenizer, "fastokens").encode_batch(held_out)[0])
+        n_tokens = len(encode.Encoder(tokenizer.json_text, "fastokens").encode_batch(held_out)[0])
         learnt = sum(len(t.encode()) for t in turns) / 1e6
         print(f"| {split} | {trainer} | {learnt:.0f} MB | {took_s:.1f} s | {n_bytes / n_tokens:.4f} |", flush=True)
 
@@ -112,7 +112,7 @@ def show_storage(turns: list[str], vocab_size: int) -> None:
     print("\n| ids | stored with | bytes per id | below gzip -6 | MB/s |\n|---|---|---|---|---|")
     gzip_first = None
     for name, text in (("in order of merges", merged), ("numbered", bpe.number_by_frequency(merged, counts))):
-        ids, _ = encode.Encoder(Tokenizer(text), "fastokens").encode_batch(turns)
+        ids, _ = encode.Encoder(text, "fastokens").encode_batch(turns)
         raw = ids.astype(dtype_for(vocab_size)).tobytes()
         ways: dict[str, Callable[[], int]] = {"gzip -6": partial(gzip_size, raw)}
         for level in (3, 9):

@@ -21,7 +21,7 @@ from typing import Any
 from cli import flags
 from cli.errors import UserError
 from cli.flags import flag
-from prep import clean, formats, private
+from prep import clean, formats, labelled, private
 
 REMOVED = ("email", "url", "phone", "ip", "card")  # what was inserted is no longer there
 UNDONE = ("html", "html_double", "crlf", "spaces", "tabs", "nfd", "zero_width", "empty_turn", "rep_line", "base64",
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError("--corpus and --truth are needed: the conversations, and one JSON line for each")
     truth = [json.loads(line) for line in Path(args.truth).read_text("utf-8").splitlines()]
     text, _ = formats.decode(Path(args.corpus).read_bytes())
-    documents = list(formats.documents(text, "chat"))
+    documents = list(labelled.conversations(text.encode()))
     if len(documents) != len(truth):
         raise UserError(f"{args.truth}: has {len(truth)} lines for {len(documents)} conversations: "
                         "it belongs to another corpus")  # fmt: skip
@@ -90,7 +90,7 @@ def judge(document: formats.Document, known: dict[str, Any], cleaner: clean.Clea
                 if re.search("`|[^\x00-\x7f]", before[1])]  # fmt: skip
     if kind not in (*UNDONE, *REMOVED) and not kind.startswith("moji"):
         return []  # dup and near are deduplication's; long_line is no defect
-    original = next(iter(formats.documents(known["clean"], "chat")))
+    original = next(iter(labelled.conversations(known["clean"].encode())))
     expected, _ = cleaner.clean(original)
     if kind in REMOVED:  # whole, and nothing with it
         rest = [[private.PLACEHOLDER.sub("", said).split() for _, said in d] for d in (cleaned, expected)]

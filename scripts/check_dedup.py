@@ -23,7 +23,7 @@ import numpy as np
 from cli import flags
 from cli.errors import UserError
 from cli.flags import flag
-from prep import clean, dedup, formats, neardup, parts
+from prep import clean, dedup, formats, labelled, neardup, parts
 from prep.pool import Pool
 
 RECALL, PRECISION = 0.95, 0.98  # of near-duplicates; exact ones are all found, none falsely
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
 def find_duplicates(args: CheckFlags, n: int) -> tuple[dict[int, str], dict[int, int], dict[int, int]]:
     """For each conversation that cleaning kept, by number: its text, its earliest equal one, its earliest near one."""
     text, _ = formats.decode(Path(args.corpus).read_bytes())
-    records = list(formats.documents(text, "chat"))
+    records = list(labelled.conversations(text.encode()))
     if len(records) != n:
         raise UserError(f"{args.truth}: has {n} lines for {len(records)} conversations: it belongs to another corpus")
     cleaner = clean.Cleaner(clean.Settings(clean.choose_rules(args.clean)))

@@ -11,7 +11,6 @@ if __name__ == "__main__":  # Python put this file's folder first in sys.path: t
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 import numpy as np
 
@@ -41,10 +40,11 @@ def main(argv: list[str] | None = None) -> int:
     args, _ = flags.parse(CheckFlags, argv, prog="check_ids.py", description=__doc__.split("\n")[0])
     if not args.corpus or not args.tokenizer:
         raise UserError("--corpus and --tokenizer are needed: text files, and the tokenizer to encode them with")
-    if find_spec("fastokens") is None:
-        raise UserError("fastokens is not installed: pip install -r requirements-prep.txt")
-    tokenizer = Tokenizer(given.load(args.tokenizer)[0])
-    fast = encode.Encoder(tokenizer, "fastokens")
+    tokenizer, _ = given.load(args.tokenizer)
+    engine, warning = encode.fastest(tokenizer)
+    if warning:
+        raise UserError(f"there is nothing to compare: {warning}")
+    fast = encode.Encoder(tokenizer.json_text, engine)
     wrong = sum(check_file(url, tokenizer, fast, args.limit) for url in args.corpus)
     print(f"{wrong} blocks differ" if wrong else "every id is equal")
     return int(wrong > 0)

@@ -35,8 +35,7 @@ def import_run(folder: Path, out: str) -> list[str]:
     if fs.list_folder(out):
         raise UserError(f"--out {fs.redact(out)}: is not empty: give a new folder")
     model = read_model(folder)
-    tokenizer_json, added = given.load(str(folder))
-    tokenizer = Tokenizer(tokenizer_json)
+    tokenizer, added = given.load(str(folder))
     model, notes = fitted(model, tokenizer.vocab_size)
     if added:
         notes.insert(0, f"the tokenizer was given {', '.join(added)}")
@@ -46,7 +45,7 @@ def import_run(folder: Path, out: str) -> list[str]:
             tensors={"model.safetensors": model.state_dict(), "optimizer.safetensors": {}, "rng.safetensors": {}},
             state=imported_state(model, tokenizer),
         )  # fmt: skip
-        fs.put_bytes(fs.join(out, "tokenizer.json"), tokenizer_json.encode())
+        fs.put_bytes(fs.join(out, "tokenizer.json"), tokenizer.json_text.encode())
         checkpoint.upload(Path(staging), out, manifest)
     return notes
 

@@ -85,16 +85,19 @@ class Shard:
 def make_compressor(level: int) -> zstandard.ZstdCompressor:
     """zstd's `level` with what suits ids in frames of FRAME_BYTES (docs/tokenizer.md has the measurements).
 
-    The window is the whole frame, and a match is worth searching from six bytes on, three ids. Levels 5 to 12 remember every
-    position of the frame, which takes 80 MiB, the faster of them half of the positions. Their time is spent waiting for that
-    memory, so level 4, which looks up two places and searches no further, has tables of 6 MiB, which a cache can hold.
+    The window is the whole frame, and a match is worth searching from six bytes on, three ids. The time of the middle levels
+    is spent waiting for the memory of the places they remember. So level 4, which looks up two and searches no further, has
+    tables of 6 MiB, which a cache can hold; level 5 remembers a quarter of the frame, in 20 MiB, and looks at twice as many of
+    its places; 6 and 7 remember half, 8 to 12 every position, which takes 80 MiB.
     """
     fitted = {"window_log": 24}
     if level <= 12:  # above, zstd searches trees, where shorter matches pay
         fitted["min_match"] = 6
     if level == 4:
         fitted |= {"hash_log": 20, "chain_log": 19}
-    if 5 <= level <= 12:
+    elif level == 5:
+        fitted |= {"hash_log": 22, "search_log": 4}
+    elif 6 <= level <= 12:
         fitted["hash_log"] = 23 if level < 8 else 24
     parameters = zstandard.ZstdCompressionParameters.from_level(level, **fitted, write_checksum=True)
     return zstandard.ZstdCompressor(compression_params=parameters)

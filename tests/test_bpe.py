@@ -137,7 +137,7 @@ def test_numbered_tokenizers_load_everywhere(numbered, lines):
 
     tokenizer = numbered[1]
     expected, _ = tokenizer.encode_batch(lines)
-    ids, _ = encode.Encoder(tokenizer, "fastokens").encode_batch(lines)
+    ids, _ = encode.Encoder(tokenizer.json_text, "fastokens").encode_batch(lines)
     assert np.array_equal(ids, expected)
     theirs = PreTrainedTokenizerFast(tokenizer_object=tokenizer.reference)
     text = "\n".join(lines[:200])
@@ -180,7 +180,7 @@ def test_any_text_comes_back_from_characters(by_character, text):
     ids = by_character.encode(text)
     assert by_character.decode(ids) == text
     if find_spec("fastokens"):
-        assert encode.Encoder(by_character, "fastokens").encode_batch([text])[0].tolist() == ids
+        assert encode.Encoder(by_character.json_text, "fastokens").encode_batch([text])[0].tolist() == ids
 
 
 def test_a_small_character_vocabulary_keeps_the_frequent_ones():
@@ -196,17 +196,17 @@ def test_a_small_character_vocabulary_keeps_the_frequent_ones():
 def test_a_users_own_tokenizer(tokenizer, tmp_path):
     own = tmp_path / "own.json"
     own.write_text(tokenizer.json_text, "utf-8")
-    text, added = load(str(own))
+    given, added = load(str(own))
     assert added == []
-    assert Tokenizer(text).encode("Hello there") == tokenizer.encode("Hello there")
+    assert given.encode("Hello there") == tokenizer.encode("Hello there")
     bare = json.loads(tokenizer.json_text)
     bare["added_tokens"] = [t for t in bare["added_tokens"] if t["content"] == "<|endoftext|>"]
     kept = [t for t in bare["model"]["vocab"] if t not in SPECIAL_TOKENS[1:]]
     bare["model"]["vocab"] = {t: i for i, t in enumerate(sorted(kept, key=bare["model"]["vocab"].get))}
     (tmp_path / "tokenizer.json").write_text(json.dumps(bare), "utf-8")
-    text, added = load(str(tmp_path))
+    extended, added = load(str(tmp_path))
     assert added == list(SPECIAL_TOKENS[1:])
-    extended = Tokenizer(text)
+    assert Tokenizer(extended.json_text).vocabulary == extended.vocabulary
     assert [i + 4 for i in extended.encode("Hello there")] == tokenizer.encode("Hello there")
     assert extended.decode(extended.render([("user", "Hi")])) == "<|endoftext|><|user|>Hi<|end|>"
     for bad, says in (
@@ -235,7 +235,7 @@ def test_gpt2s_two_files_give_gpt2s_ids(tmp_path, names):
     from transformers import GPT2Tokenizer
 
     folder = gpt2_files(tmp_path / "gpt2", *names)
-    made = {load(str(where))[0] for where in (folder, *(folder / name for name in names))}
+    made = {load(str(where))[0].json_text for where in (folder, *(folder / name for name in names))}
     assert len(made) == 1
     tokenizer = Tokenizer(made.pop())
     assert tokenizer.special_ids == {t: 267 + i for i, t in enumerate(SPECIAL_TOKENS)}

@@ -10,7 +10,7 @@ import tarfile
 import pytest
 import zstandard
 
-from prep import compression, corpus, formats, reading
+from prep import compression, corpus, formats, labelled, reading
 from tests.helpers import error_of
 
 
@@ -44,7 +44,8 @@ def test_any_ranges_give_the_same_documents(tmp_path, monkeypatch, task_bytes, k
     path = tmp_path / ("a.jsonl" if kind == "jsonl" else "a.txt")
     path.write_bytes(text.encode())
     monkeypatch.setattr(formats, "DOCUMENT_CHARS", 1)  # joining paragraphs depends on the plan, which is fixed
-    whole = list(formats.documents(text, {"crlf": "chat"}.get(kind, kind)))
+    chat = kind in ("chat", "crlf")
+    whole = list(labelled.conversations(text.encode()) if chat else formats.documents(text, kind))
     assert len(whole) >= 200
     assert read(path, task_bytes, monkeypatch) == whole
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from prep import formats
+from prep import formats, labelled
 from prep.formats import Fields, kind_of, record_document, role_and_text
 
 USER_AND_ANSWER = [("user", "a"), ("assistant", "b")]
@@ -15,7 +15,7 @@ def test_conversations_by_hand():
         "User: Hi!\nAssistant: Hello.\nHow are you?\n\nUser: a\n\nassistant : b\n\nsecond paragraph\n\n"
         "lost its label\nAssistant: yes\n\nSYSTEM: be brief\nHuman: x\nBot: y\n"
     )
-    assert list(formats.documents(text, "chat")) == [
+    assert list(labelled.conversations(text.encode())) == [
         [("user", "Hi!"), ("assistant", "Hello.\nHow are you?")],
         [("user", "a"), ("assistant", "b\n\nsecond paragraph")],
         [("user", "lost its label"), ("assistant", "yes")],
@@ -25,7 +25,7 @@ def test_conversations_by_hand():
 
 def test_turns_apart_by_empty_lines_stay_one_conversation():
     text = "User: a\n\nAssistant: b\n\nUser: c\n\nAssistant: d\n\nAssistant: alone\n"
-    assert list(formats.documents(text, "chat")) == [
+    assert list(labelled.conversations(text.encode())) == [
         [("user", "a"), ("assistant", "b")],
         [("user", "c"), ("assistant", "d")],
         [("assistant", "alone")],

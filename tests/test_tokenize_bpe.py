@@ -13,7 +13,7 @@ import pytest
 from gpt.tokenizer import Tokenizer
 from prep import corpus as planning
 from prep import merge, pool, reading, stages, tokenize_bpe
-from prep.formats import documents as documents_of
+from prep.labelled import conversations
 from prep.settings import Settings, check
 from store.shards import TokenShards
 from tests.helpers import command, error_of, files, prepare, start
@@ -31,7 +31,7 @@ def documents(folder, split):
 def test_every_document_arrives_once_and_decodes_to_its_text(corpus, tmp_path):
     assert prepare("--input", corpus, "--output", tmp_path / "d", *FLAGS, "--clean", "off") == 0
     tokenizer = Tokenizer((tmp_path / "d" / "tokenizer.json").read_text("utf-8"))
-    expected = {tokenizer.decode(tokenizer.render(d)) for d in documents_of(corpus.read_text("utf-8"), "chat")}
+    expected = {tokenizer.decode(tokenizer.render(d)) for d in conversations(corpus.read_bytes())}
     train, val = documents(tmp_path / "d", "train"), documents(tmp_path / "d", "val")
     decoded = [tokenizer.decode(d) for d in train + val]
     assert len(decoded) == len(set(decoded))
@@ -46,7 +46,7 @@ def test_documents_are_shuffled_across_shards(corpus, tmp_path):
     prepare("--input", corpus, "--output", tmp_path / "d", *FLAGS)
     tokenizer = Tokenizer((tmp_path / "d" / "tokenizer.json").read_text("utf-8"))
     original = {tokenizer.decode(tokenizer.render(d)): i for i, d in
-                enumerate(documents_of(corpus.read_text("utf-8"), "chat"))}  # fmt: skip
+                enumerate(conversations(corpus.read_bytes()))}  # fmt: skip
     order = [original.get(tokenizer.decode(d), 0) for d in documents(tmp_path / "d", "train")]
     assert abs(np.corrcoef(order, np.arange(len(order)))[0, 1]) < 0.1
 
@@ -171,7 +171,7 @@ def test_duplicates_are_dropped_and_cannot_straddle_the_split(corpus, tmp_path):
 def test_inputs_of_many_kinds_in_one_run(corpus, tmp_path):
     folder = tmp_path / "in put"
     folder.mkdir()
-    chats = list(documents_of(corpus.read_text("utf-8"), "chat"))[:300]
+    chats = list(conversations(corpus.read_bytes()))[:300]
     (folder / "a.txt").write_text("\n\n".join("\n".join(f"{r.title()}: {t}" for r, t in d) for d in chats[:100]))
     as_json = [json.dumps({"messages": [{"role": r, "content": t} for r, t in d]}) for d in chats[100:200]]
     (folder / "b.jsonl").write_text("\n".join([*as_json, "{broken", "", '{"no": 1}']))

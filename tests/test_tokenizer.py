@@ -1,6 +1,7 @@
 """Laws 5 and 6: ids equal the reference's, text comes back exactly, and no text can forge a special token."""
 
 import functools
+import json
 import time
 import unicodedata
 from itertools import product
@@ -38,10 +39,10 @@ def tokenizer(data):
     return Tokenizer((data / "tokenizer.json").read_text("utf-8"))
 
 
-@pytest.fixture(scope="module")
-def fast(tokenizer):
+@pytest.fixture(scope="module", params=["fastokens", "joined"])
+def fast(request, tokenizer):
     pytest.importorskip("fastokens")
-    return encode.Encoder(tokenizer, "fastokens")
+    return encode.Encoder(tokenizer.json_text, request.param)
 
 
 @given(TEXT)
@@ -101,13 +102,17 @@ def test_streaming_shows_the_same_text(tokenizer, text):
 NEIGHBOURS = "aA1! \n'/"
 
 
+def alone(text):
+    """A vocabulary's letters for each byte of a text."""
+    return ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(text)[0][0]
+
+
 @pytest.mark.parametrize("split", SPLIT_PATTERNS)
 def test_the_fast_engine_cuts_words_where_the_reference_does(split):
     """A token for every pair of bytes at which a character meets these neighbours: any other cut gives other ids."""
     pytest.importorskip("fastokens")
-    spell = ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str  # a letter for each byte
-    around = [spell(c)[0][0] for c in NEIGHBOURS]
-    spelt = [spell(chr(c))[0][0] for c in CHARACTERS]
+    around = [alone(c) for c in NEIGHBOURS]
+    spelt = [alone(chr(c)) for c in CHARACTERS]
     first, last = sorted({letters[0] for letters in spelt}), sorted({letters[-1] for letters in spelt})
     merges = [*product(around, first), *product(last, around), *product(around, around)]
     vocab = bpe.byte_vocab()
@@ -118,10 +123,65 @@ def test_the_fast_engine_cuts_words_where_the_reference_does(split):
         "".join(x + chr(c) + y for x, y in product(NEIGHBOURS, NEIGHBOURS)) + contractions.format(chr(c))
         for c in CHARACTERS
     ]
-    ids, lengths = encode.Encoder(tokenizer, "fastokens").encode_batch(texts)
+    ids, lengths = encode.Encoder(tokenizer.json_text, "fastokens").encode_batch(texts)
     expected, expected_lengths = tokenizer.encode_batch(texts)
     assert np.array_equal(lengths, expected_lengths)
     assert np.array_equal(ids, expected)
+
+
+@pytest.mark.parametrize("split", encode.JOINED_SPLITS)
+def test_texts_are_joined_by_what_is_cut_off_whatever_stands_there(split):
+    """A token for every byte of a text with one at either end of the separator: any other cut gives other ids."""
+    pytest.importorskip("fastokens")
+    spelt = [alone(chr(c)) for c in (*range(32, 127), 9, 10, 13, *CHARACTERS)]
+    first, last = sorted({letters[0] for letters in spelt}), sorted({letters[-1] for letters in spelt})
+    merges = [*product(last, alone(" Z")), *product("Q0", first)]
+    vocab = bpe.byte_vocab()
+    vocab |= {a + b: len(vocab) + i for i, (a, b) in enumerate(dict.fromkeys(merges))}
+    tokenizer = Tokenizer(bpe.assemble(vocab, list(dict.fromkeys(merges)), SPLIT_PATTERNS[split]).to_str())
+    assert encode.fastest(tokenizer) == ("joined", None)
+    shapes = ("{0}", "{0} ", " {0}", "{0}  \n ", "\n  {0}", "a{0}", "{0}a", "0{0}", "{0}0", "'{0}", "{0}'s", "")
+    texts = [shape.format(chr(c)) for c in (*range(127), *CHARACTERS) for shape in shapes]
+    encoder = encode.Encoder(tokenizer.json_text, "joined")
+    encoder._encode_each, calls = lambda strings: calls.append(len(strings)) or once(strings), []
+    once = encode.Encoder(tokenizer.json_text, "fastokens")._encode_each
+    assert encode.disproof(encoder.encode_batch(texts), tokenizer.encode_batch(texts)) is None
+    assert len(calls) == 1  # not each by itself in the end
+    assert calls[0] < len(texts) / 50
+
+
+SEPARATORS = st.sampled_from([" ZQ000", "ZQ000", " ZQ", "000", " ZQ0001", " ZQ000 ZQ000", "", " ", "\n", "a", "0", "é"])
+
+
+@given(st.lists(st.lists(SEPARATORS, max_size=4).map("".join) | TEXT, max_size=30), st.integers(1, 200))
+@settings(max_examples=300, deadline=None)
+@example([], 10)
+@example(["", ""], 10)
+@example([" ZQ000", "a", ""], 1000)
+def test_joined_texts_may_hold_the_separator(tokenizer, texts, size):
+    pytest.importorskip("fastokens")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encode, "JOINED_CHARS", size)
+        made = joined_encoder(tokenizer.json_text).encode_batch(texts)
+    assert encode.disproof(made, tokenizer.encode_batch(texts)) is None
+
+
+@functools.cache
+def joined_encoder(tokenizer_json):
+    return encode.Encoder(tokenizer_json, "joined")
+
+
+def test_texts_are_not_joined_for_a_tokenizer_that_may_cut_elsewhere(tokenizer):
+    pytest.importorskip("fastokens")
+    plain = json.loads(tokenizer.json_text)
+    gpt2 = bpe.assemble(bpe.byte_vocab(), [], SPLIT_PATTERNS["gpt2"]).to_str()
+    added = [*plain["added_tokens"], {**plain["added_tokens"][-1], "id": 300, "content": "you", "special": False}]
+    for other in (
+        gpt2,
+        json.dumps({**plain, "normalizer": {"type": "NFC"}}),
+        json.dumps({**plain, "added_tokens": added}),
+    ):
+        assert encode.fastest(Tokenizer(other)) == ("fastokens", None)
 
 
 def test_a_giant_token_is_not_given_to_an_engine_that_chokes_on_it():
@@ -130,15 +190,18 @@ def test_a_giant_token_is_not_given_to_an_engine_that_chokes_on_it():
     words = {"a" * 60_000: 2, "a" * 50_000: 2}
     giant = Tokenizer(bpe.train_on_words(words, bpe.MIN_VOCAB + 14, 2, "o200k"))
     started_s = time.process_time()
-    assert encode.unfit(giant).startswith("a token is 16384 bytes long, to")
+    engine, warning = encode.fastest(giant)
+    assert engine == "tokenizers"
+    assert warning.startswith("a token is 16384 bytes long, to")
     assert time.process_time() - started_s < 1
 
 
 def test_an_engine_that_differs_is_not_used(tokenizer, monkeypatch):
     fastokens = pytest.importorskip("fastokens")
     texts = ["Hello there", "What is the capital of France?"]
-    fast = functools.partial(encode.Encoder, tokenizer, "fastokens")
-    assert (encode.unfit(tokenizer), encode.disproof(fast, texts)) == (None, None)
+    fast = functools.partial(encode.Encoder, tokenizer.json_text, "fastokens")
+    assert encode.fastest(tokenizer) == ("joined", None)
+    assert encode.disproof(encode.attempt(fast, texts), tokenizer.encode_batch(texts)) is None
 
     class Wrong:
         def encode_batch_flat(self, texts, **options):
@@ -148,7 +211,7 @@ def test_an_engine_that_differs_is_not_used(tokenizer, monkeypatch):
     real = fastokens.Tokenizer.from_json_str(tokenizer.json_text)
     monkeypatch.setattr(fastokens.Tokenizer, "from_json_str", staticmethod(lambda text: Wrong()), raising=False)
     try:
-        warning = encode.disproof(fast, texts)
+        warning = encode.disproof(encode.attempt(fast, texts), tokenizer.encode_batch(texts))
     except (AttributeError, TypeError):
         pytest.skip("the extension type cannot be patched")
     assert "other ids" in warning
