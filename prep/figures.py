@@ -12,7 +12,7 @@ import numpy as np
 from prep.formats import ROLES
 from prep.parts import Documents, Encoded
 
-SPREAD_BYTES = 64_000_000  # text on which dispersion is measured: of all of it, that is a tenth of the encode pass
+SPREAD_BYTES = 32_000_000  # text on which dispersion is measured: of all of it, that is a tenth of the encode pass
 BITMAP_BYTES = 2 << 20  # documents x vocabulary at once, small enough for the cache: 4 times faster than sorting
 EDGES = np.unique(np.round(2.0 ** (np.arange(8 * 34 + 1) / 8))).astype(np.int64)  # of length bins: 8 to a doubling
 BIT = 1024  # surprise is counted in 1/1024 bits

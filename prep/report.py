@@ -4,6 +4,7 @@
 in timing.js). docs/report.md says what each field means; report_page.py shows them.
 """
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -98,6 +99,7 @@ def length_figures(histogram: np.ndarray, longest: int = EDGES[-1]) -> dict[str,
 # ---- tokens ---------------------------------------------------------------------------------------------------------
 
 
+@functools.lru_cache(maxsize=1)
 def token_bytes(tokenizer: Tokenizer) -> list[bytes]:
     """The bytes that each id stands for, as the byte-level alphabet spells them; a special token's own spelling."""
     letters = sorted(ByteLevel.alphabet())

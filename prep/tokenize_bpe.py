@@ -191,7 +191,7 @@ def build(
     encoded = stages.encode_parts(
         cleaned, selection, work, tokenizer, engine=engine, dtype=dtype, seed=settings.seed, pool=pool
     )
-    threading.Thread(target=load_page).start()  # 80 ms, which need not be waited for while workers write
+    threading.Thread(target=ready_report, args=(tokenizer,)).start()  # 0.1 s, not to be waited for while workers write
     shards, seen = stages.write_shards(
         merge.plan_shards(encoded.places, settings.shard_tokens), encoded, output, work,
         dtype=dtype, level=settings.level if settings.compress else None, pool=pool,
@@ -203,7 +203,7 @@ def build(
     )  # fmt: skip
     fs.put_bytes(fs.join(output, "tokenizer.json"), tokenizer.json_text.encode())
     fs.put_bytes(fs.join(output, "report.json"), json.dumps(described, indent=1, ensure_ascii=False).encode())
-    fs.put_bytes(fs.join(output, "report.html"), load_page().render(described).encode())
+    fs.put_bytes(fs.join(output, "report.html"), ready_report(tokenizer).render(described).encode())
     fs.delete_leftovers(output)
     write_metadata(
         output,
@@ -221,11 +221,12 @@ def build(
     return described
 
 
-def load_page() -> ModuleType:
-    """prep/report_page.py, imported, with its template made: neither is anything to worker processes."""
+def ready_report(tokenizer: Tokenizer) -> ModuleType:
+    """prep/report_page.py, which is nothing to worker processes, with all made that a report needs of template and tokenizer."""
     from prep import report_page
 
     report_page.template()
+    report.token_bytes(tokenizer)
     return report_page
 
 
