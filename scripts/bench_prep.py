@@ -16,6 +16,7 @@ if __name__ == "__main__":  # Python put this file's folder first in sys.path: t
 
 import contextlib
 import gzip
+import itertools
 import json
 import multiprocessing
 import os
@@ -176,8 +177,11 @@ def measure_peers(args: BenchFlags, path: Path, size: int, folder: Path) -> int:
     write_jsonl(text, lines)
 
     # what the others do not do is left out of ours, then shown with it
+    # each time into a new folder: to remove what was there is nobody's work here
+    outputs = (folder / f"plain-{n}" for n in itertools.count())
+
     def plain() -> int:
-        return ours(text, folder / "plain", tokenizer, ["--clean", "off", "--dedup", "off"])
+        return ours(text, next(outputs), tokenizer, ["--clean", "off", "--dedup", "off"])
 
     ways: dict[str, tuple[int, Callable[[], int]]] = {
         "this project, all of it": (size, lambda: ours(text, folder / "all", tokenizer, [])),
@@ -211,7 +215,7 @@ def measure_peers(args: BenchFlags, path: Path, size: int, folder: Path) -> int:
         print(f"| {name} | {it.elapsed_s:.1f} s | {it.cpu_s:.1f} s | {n_bytes / it.elapsed_s / 1e6:.1f} | "
               f"{it.elapsed_s / n_bytes * size / middle.elapsed_s:.1f}x | "
               f"{it.cpu_s / n_bytes * size / middle.cpu_s:.1f}x | {count(it.stored_bytes)}B |")  # fmt: skip
-    usual_bytes, same_bytes = timed[LINES][1].stored_bytes, gzip_bytes(TokenShards(str(folder / "plain")))
+    usual_bytes, same_bytes = timed[LINES][1].stored_bytes, gzip_bytes(TokenShards(str(folder / "plain-0")))
     print(f"\nstored size: {100 * (1 - middle.stored_bytes / usual_bytes):.1f} % below gzip -6 of uint16; "
           f"{100 * (1 - middle.stored_bytes / same_bytes):.1f} % below gzip -6 of these very ids, which are "
           "numbered so that they pack better")  # fmt: skip
@@ -250,7 +254,6 @@ def copy_beginning(path: Path, out: Path, size: int) -> None:
 
 def ours(text: Path, output: Path, tokenizer: Path, arguments: list[str]) -> int:
     """The real command, which nothing looks at meanwhile; stored bytes."""
-    shutil.rmtree(output, ignore_errors=True)
     subprocess.run(prep_command(text, output, ["--tokenizer", str(tokenizer), "--compress", *arguments]), check=True)
     return sum(s.stored_bytes for s in TokenShards(str(output)).shards)
 
