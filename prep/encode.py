@@ -25,13 +25,11 @@ DOUBTFUL = "\u017f\u180e"
 # 500,000 that a "word" of one letter, repeated in a few documents, teaches
 LONGEST_TOKEN = 4096
 
-
 # fastokens takes a microsecond for each string, as long as for 300 bytes of it. So texts are joined by what cl100k and o200k
 # always cut off, whatever stands before or after: a blank and letters begin a word, and three digits are a whole number.
 SEPARATOR = " ZQ000"
 JOINED_SPLITS = ("cl100k", "o200k")  # gpt2's numbers are of any length
 JOINED_CHARS = 4096  # of one string: one wide character makes all of it wide
-
 
 Batch = tuple[np.ndarray, np.ndarray]  # all ids, (n,) uint32; ids of each text, (texts,) int64
 
@@ -106,10 +104,8 @@ def fastest(tokenizer: Tokenizer) -> tuple[Engine, str | None]:
         return "tokenizers", ("fastokens is not installed: encoding with tokenizers, same ids, about 40 times slower "
                               "(pip install -r requirements-prep.txt)")  # fmt: skip
     if (longest := max(map(len, tokenizer.vocabulary))) > LONGEST_TOKEN:
-        return (
-            "tokenizers",
-            f"a token is {longest} bytes long, too long for fastokens: encoding with tokenizers, slower",
-        )
+        return "tokenizers", (f"a token is {longest} bytes long, too long for fastokens: "
+                              "encoding with tokenizers, slower")  # fmt: skip
     return "joined" if can_join(tokenizer) else "fastokens", None
 
 

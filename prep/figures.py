@@ -213,9 +213,8 @@ class Watch:
 
 
 def _look_up(table: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    return np.take(
-        table, ids, mode="clip"
-    )  # every id is in the table: not to ask that takes less than half of the time
+    # every id is in the table: not to ask that takes less than half of the time
+    return np.take(table, ids, mode="clip")
 
 
 def join(seen: Iterable[dict]) -> dict:

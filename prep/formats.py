@@ -15,6 +15,7 @@ Kind = Literal["chat", "turns", "plain", "lines", "jsonl", "json", "csv", "parqu
 RECORDS = ("jsonl", "json", "csv", "parquet", "arrow")  # have fields
 Document = list[tuple[str | None, str]]
 ROLES = (None, "user", "assistant", "system")  # arrays hold the index
+ROLE_INDEX = {role: i for i, role in enumerate(ROLES)}
 
 DOCUMENT_CHARS = 16 << 10  # text without ends of documents is cut at about this: four blocks of 1,024 tokens
 EXCERPT_CHARS = 200

@@ -10,12 +10,11 @@ import itertools
 
 import numpy as np
 
-from prep.formats import ROLES, role_and_text
+from prep.formats import ROLE_INDEX, role_and_text
 from prep.parts import Gathered
 
 _SPACE, _LINE_END = b" \n"
-_USER, _ASSISTANT = ROLES.index("user"), ROLES.index("assistant")
-_ROLE_INDEX = {role: i for i, role in enumerate(ROLES)}
+_USER, _ASSISTANT = ROLE_INDEX["user"], ROLE_INDEX["assistant"]
 _LABEL_BYTES = 16  # hold any label with its colon
 _LARGE = np.uint64(0x20)  # the bit between a large letter and a small one, in the first of eight bytes
 # labels as nearly all are written, "User:" or "user:"; others are read one by one
@@ -103,7 +102,7 @@ def _labels(raw: bytes, buffer: np.ndarray, begin: np.ndarray) -> tuple[np.ndarr
         found = _equal(word, label[:8])
         if label[8:]:
             found = found[_equal(words[here[found] + 8], label[8:])]
-        role[lines[found]] = _ROLE_INDEX[name]
+        role[lines[found]] = ROLE_INDEX[name]
         text_begin[lines[found]] += len(label)
         odd[found] = False
     here = here[odd]
@@ -114,7 +113,7 @@ def _labels(raw: bytes, buffer: np.ndarray, begin: np.ndarray) -> tuple[np.ndarr
         colon = raw.index(b":", at) + 1
         speaker, _ = role_and_text(raw[at:colon].decode())
         if speaker:
-            role[i], text_begin[i] = _ROLE_INDEX[speaker], colon
+            role[i], text_begin[i] = ROLE_INDEX[speaker], colon
     return role, text_begin
 
 

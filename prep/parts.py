@@ -21,14 +21,13 @@ import numpy as np
 import xxhash
 import zstandard
 
-from prep.formats import ROLES, Document
+from prep.formats import ROLE_INDEX, ROLES, Document
 from store.errors import DataError, StoreError
 
 T = TypeVar("T")
 Proof = dict[str, list]  # file name: [bytes, xxh3 of them]
 
 PACKED = 1  # zstd level for text: to 40 % at 300 MB/s, where it would not all fit the disk otherwise
-_ROLE_INDEX = {role: i for i, role in enumerate(ROLES)}
 
 
 @dataclass
@@ -56,7 +55,7 @@ class Gathered:
     def add(self, document: Document) -> None:
         """Take another document, of turns of (role, text)."""
         self.said += [text.encode() for _, text in document]
-        self.roles += bytes([_ROLE_INDEX[role] for role, _ in document])
+        self.roles += bytes([ROLE_INDEX[role] for role, _ in document])
         self.doc_turns.append(len(document))
 
     def extend(self, other: "Gathered") -> None:

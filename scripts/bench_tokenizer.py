@@ -117,7 +117,7 @@ def show_storage(turns: list[str], vocab_size: int) -> None:
         ways: dict[str, Callable[[], int]] = {"gzip -6": partial(gzip_size, raw)}
         for level in (3, 9):
             ways[f"zstd -{level}, 4 MiB"] = partial(zstd_size, zstandard.ZstdCompressor(level=level), raw, 4 << 20)
-        for level in (3, 4, 5, 9, 10, 11):
+        for level in (3, 4, 5, 6, 9, 10, 11):
             ways[f"--level {level}"] = partial(zstd_size, make_compressor(level), raw, FRAME_BYTES)
         gzipped = None
         for way, size_of in ways.items():
