@@ -66,17 +66,15 @@ def test_a_poisoned_step_changes_nothing_and_training_goes_on_also_over_a_resume
         changed.extend(k for k in before if not torch.equal(before[k], now[k]))
 
     poison({6, 7, 13}, compare)
-    assert train(*flags, "--out", tmp_path / "quiet") == 0
+    with monkeypatch.context() as m:
+        due = run.Saver.due  # steps of milliseconds: on a busy disk the saves would come late, and be others
+        m.setattr(run.Saver, "due", lambda saver, step: saver.wait() and due(saver, step))
+        assert train(*flags, "--out", tmp_path / "quiet") == 0
     said = capsys.readouterr().err
     assert said.count("left out: loss or gradient not a number") >= 2
     assert sum(e["count"] for e in events(tmp_path / "quiet", "skipped_steps")) == 3
     saved = {e["step"] for e in events(tmp_path / "quiet", "saved")}
-    assert not saved & {6, 7}
-    assert saved & {
-        8,
-        9,
-        10,
-    }  # put off until the first good step, or on a busy machine until the save of step 3 is done
+    assert saved == {3, 8, 9, 12, 15, 18, 20}  # that of 6 put off until the first good step
     for step in (7, 5, 8):  # dies at 7, between two; at 8, from 3 again; at 11
         train_until_killed(monkeypatch, step, *flags, "--out", tmp_path / "killed")
     assert train(*flags, "--out", tmp_path / "killed") == 0
