@@ -42,6 +42,12 @@ def train(*arguments: object) -> int:
             signal.signal(number, handler)
 
 
+def saves_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each step waits for the save in flight: steps of milliseconds outrun it on a busy disk, and saves would be of others."""
+    due = run.Saver.due
+    monkeypatch.setattr(run.Saver, "due", lambda saver, step: saver.wait() and due(saver, step))
+
+
 def command(script: str, *arguments: object) -> list[str]:
     """The command line of one of the project's programs."""
     return [sys.executable, str(ROOT / script), *map(str, arguments)]

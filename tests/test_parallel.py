@@ -197,6 +197,8 @@ def test_under_torchrun_a_killed_rank_comes_back_and_a_stop_is_saved(data, tmp_p
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     wait_for(15, process)
+    while not checkpoint.committed(str(tmp_path / "out")):  # that of step 10 is on its way
+        time.sleep(0.02)
     workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     assert len(workers) == WORLD
     os.kill(int(workers[1]), signal.SIGKILL)

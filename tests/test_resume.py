@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 
-from tests.helpers import command, error_of, files, prepare, result, start, train
+from tests.helpers import command, error_of, files, prepare, result, saves_in_time, start, train
 from train import checkpoint, run
 from train.saver import Saver
 
@@ -219,6 +219,7 @@ def test_storage_that_fails_does_not_stop_training(data, tmp_path, monkeypatch, 
         return real(out, step=step, **rest)
 
     monkeypatch.setattr(checkpoint, "save", failing)
+    saves_in_time(monkeypatch)
     assert train("--data", data, "--steps", 12, "--save-every", 4, *SMALL, "--resume", "--out", tmp_path / "out") == 0
     assert capsys.readouterr().err.count("failed, training goes on: the bucket answers 503") == 2
     assert [m.step for m in checkpoint.committed(str(tmp_path / "out"))] == [12]
