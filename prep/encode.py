@@ -15,7 +15,7 @@ import numpy as np
 from gpt.tokenizer import END_OF_TEXT, END_OF_TURN, ROLE_TOKENS, SPLIT_PATTERNS, Tokenizer, blank_tokenizer
 from prep.dedup import place, shuffle_key, validates
 from prep.formats import ROLES
-from prep.parts import Documents, Encoded
+from prep.parts import SEPARATOR, Documents, Encoded, separated, turn_at, turns
 
 Engine = Literal["joined", "fastokens", "tokenizers"]  # "joined": fastokens, many texts in each string
 # Of all characters the two that fastokens 0.3.5 cuts words at otherwise than `tokenizers`: the long s, which is an s when
@@ -25,11 +25,11 @@ DOUBTFUL = "\u017f\u180e"
 # 500,000 that a "word" of one letter, repeated in a few documents, teaches
 LONGEST_TOKEN = 4096
 
-# fastokens takes a microsecond for each string, as long as for 300 bytes of it. So texts are joined by what cl100k and o200k
-# always cut off, whatever stands before or after: a blank and letters begin a word, and three digits are a whole number.
-SEPARATOR = " ZQ000"
+# fastokens takes a microsecond for each string, as long as for 300 bytes of it. So many turns are one string, with what stands
+# after each of them in a cleaned part, " ZQ000": cl100k and o200k always cut that off, whatever is before or after, since a
+# blank and letters begin a word, and three digits are a whole number.
 JOINED_SPLITS = ("cl100k", "o200k")  # gpt2's numbers are of any length
-JOINED_CHARS = 4096  # of one string: one wide character makes all of it wide
+JOINED_BYTES = 4096  # of one string: one wide character makes all of it wide
 
 Batch = tuple[np.ndarray, np.ndarray]  # all ids, (n,) uint32; ids of each text, (texts,) int64
 
@@ -43,7 +43,7 @@ class Encoder:
             import fastokens  # optional: a faster equal of the reference
 
             self.fast = fastokens.Tokenizer.from_json_str(tokenizer_json)
-        self.separator = self._encode_each([SEPARATOR])[0] if engine == "joined" else None
+        self.separator = self._encode_each([SEPARATOR.decode()])[0] if engine == "joined" else None
 
     @functools.cached_property
     def reference(self) -> Tokenizer:
@@ -56,41 +56,47 @@ class Encoder:
 
     def encode_batch(self, texts: Sequence[str]) -> Batch:
         """(all ids, ids of each text)."""
+        said = [text.encode() for text in texts]
+        return self.encode_turns(separated(said), np.fromiter(map(len, said), np.int64, len(said)))
+
+    def encode_turns(self, text: bytes | np.ndarray, turn_bytes: np.ndarray) -> Batch:
+        """(all ids, ids of each turn) of text as `parts.Documents` have it."""
+        joined = None
+        if self.separator is not None and len(turn_bytes):
+            begins = turn_at(turn_bytes)
+            first = np.flatnonzero(np.diff(begins[:-1] // JOINED_BYTES, prepend=-1))  # turns that begin a string
+            cuts, blob = np.append(first, len(turn_bytes)), memoryview(text)
+            strings = [str(blob[a:b], "utf-8") for a, b in itertools.pairwise(begins[cuts].tolist())]
+            joined = self._split(*self._encode_each(strings), np.diff(cuts))
+            if joined and not any(map(_is_doubtful, strings)):
+                return joined
+        texts = turns(text, turn_bytes)
         if self.fast is None:
             return self.reference.encode_batch(texts)
-        texts = list(texts)
-        strings, joined = texts, None
-        if self.separator is not None:
-            chars = np.fromiter(map(len, texts), np.int64, len(texts))
-            cuts = np.searchsorted(np.cumsum(chars), np.arange(JOINED_CHARS, chars.sum(), JOINED_CHARS))
-            cuts = np.unique([0, *cuts, len(texts)])
-            strings = [SEPARATOR.join(texts[a:b]) for a, b in itertools.pairwise(cuts.tolist())]
-            joined = self._split(*self._encode_each(strings), np.diff(cuts))
-        made = joined or self._encode_each(texts)
-        return self._encode_again(texts, *made) if any(map(_is_doubtful, strings)) else made
+        return self._encode_again(texts, *(joined or self._encode_each(texts)))
 
     def _encode_each(self, texts: list[str]) -> Batch:
         ids, offsets = self.fast.encode_batch_flat(texts, split_special_tokens=True)
         return np.frombuffer(ids, np.uint32), np.diff(np.frombuffer(offsets, np.uint64).astype(np.int64))
 
-    def _split(self, ids: np.ndarray, lengths: np.ndarray, texts: np.ndarray) -> Batch | None:
-        """Ids of strings as those of the `texts` joined in each of them; None where a text holds a separator itself."""
-        size, ends = len(self.separator), np.cumsum(lengths)
+    def _split(self, ids: np.ndarray, lengths: np.ndarray, n_turns: np.ndarray) -> Batch | None:
+        """Ids of strings as those of the `n_turns` in each of them; None where a turn holds a separator itself."""
+        size = len(self.separator)
         found = np.flatnonzero(ids[: max(len(ids) - size + 1, 0)] == self.separator[0])
         for i in range(1, size):
             found = found[ids[found + i] == self.separator[i]]
-        if not np.array_equal(np.diff(np.searchsorted(found, ends), prepend=0), texts - 1):
+        if not np.array_equal(np.diff(np.searchsorted(found, np.cumsum(lengths)), prepend=0), n_turns):
             return None
-        text_begins = np.sort(np.concatenate([ends - lengths, found + size]))
-        text_ends = np.sort(np.concatenate([ends, found]))
-        return np.delete(ids, found[:, None] + np.arange(size)), text_ends - text_begins
+        return np.delete(ids, found[:, None] + np.arange(size)), np.diff(found, prepend=-size) - size
 
     def _encode_again(self, texts: list[str], ids: np.ndarray, lengths: np.ndarray) -> Batch:
         """The same with the doubtful texts encoded by the reference."""
+        doubtful = [i for i, text in enumerate(texts) if _is_doubtful(text)]
+        if not doubtful:
+            return ids, lengths
         of_each = np.split(ids, np.cumsum(lengths)[:-1])
-        for i, text in enumerate(texts):
-            if _is_doubtful(text):
-                of_each[i] = np.array(self.reference.encode(text), np.uint32)
+        for i in doubtful:
+            of_each[i] = np.array(self.reference.encode(texts[i]), np.uint32)
         return np.concatenate(of_each), np.fromiter(map(len, of_each), np.int64, len(of_each))
 
 
@@ -145,7 +151,7 @@ def encode_documents(
 
     A document is `<|endoftext|>` and its turns, `<|role|>` ids `<|end|>`, or the bare ids of plain text.
     """
-    ids, turn_ids = encoder.encode_batch(documents.turns())
+    ids, turn_ids = encoder.encode_turns(documents.text, documents.turn_bytes)
     role_ids = np.array([0, *(encoder.token_id(ROLE_TOKENS[role]) for role in ROLES if role)], np.uint32)
     marked = (documents.turn_role > 0).astype(np.int64)  # a turn with a role has a token before and one after
     first_turn = np.zeros(len(documents.turn_role), np.int64)

@@ -44,7 +44,7 @@ def locate(documents: Documents) -> tuple[np.ndarray, np.ndarray]:
     records["bytes"] = n_bytes
     # equal text cut into other turns is another exchange
     shape = documents.turn_bytes.astype(np.uint64) * len(ROLES) + documents.turn_role
-    text, text_at = documents.text.tobytes(), np.append(0, np.cumsum(documents.turn_bytes, dtype=np.int64))
+    text, text_at = documents.text.tobytes(), documents.turn_at()
     hashes = (
         xxhash.xxh3_64_intdigest(text[text_at[a] : text_at[b]] + shape[a:b].tobytes())
         for a, b in zip(first.tolist(), last.tolist(), strict=True)
@@ -62,14 +62,7 @@ def without(documents: Documents, repeated: np.ndarray) -> Documents:
     change[spans[repeated, 0]] += 1
     change[spans[repeated, 1]] -= 1
     turns = np.cumsum(change[:-1]) == 0
-    doc_of_turn = np.repeat(np.arange(len(documents.doc_turns)), documents.doc_turns)
-    return Documents(
-        documents.text[np.repeat(turns, documents.turn_bytes)],
-        documents.turn_bytes[turns],
-        documents.turn_role[turns],
-        np.bincount(doc_of_turn[turns], minlength=len(documents.doc_turns)).astype(np.uint32),
-        documents.doc_hash,
-    )
+    return documents.select_turns(turns)
 
 
 # ---- the whole corpus -----------------------------------------------------------------------------------------------

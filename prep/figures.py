@@ -14,7 +14,7 @@ from prep.parts import Documents, Encoded
 
 SPREAD_BYTES = 32_000_000  # text on which dispersion is measured: of all of it, that is a tenth of the encode pass
 BITMAP_BYTES = 2 << 20  # documents x vocabulary at once, small enough for the cache: 4 times faster than sorting
-EDGES = np.unique(np.round(2.0 ** (np.arange(8 * 34 + 1) / 8))).astype(np.int64)  # of length bins: 8 to a doubling
+EDGES = np.array(sorted({round(2 ** (i / 8)) for i in range(8 * 34 + 1)}))  # of length bins: 8 to a doubling
 BIT = 1024  # surprise is counted in 1/1024 bits
 EXTREMES, EXTREME_TOKENS = 10, 32  # documents shown at either end; shorter ones say too little to be judged
 EXCERPT_TOKENS = 120
@@ -79,7 +79,7 @@ def measure(
     in_before, in_sampled, in_after = (np.bincount(ids, minlength=vocab_size) for ids in (before, sampled, after))
     at = bins(lengths)
     return Figures(
-        np.array([len(encoded.tokens), len(encoded.ids), len(documents.text)]),
+        np.array([len(encoded.tokens), len(encoded.ids), documents.text_bytes()]),
         in_before + in_sampled + in_after,
         histogram(turn_ids[turn_ids > 0]),
         histogram(documents.doc_turns[role[_first_turns(documents)] > 0]),

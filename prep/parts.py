@@ -1,11 +1,12 @@
 """What passes between preparation's stages: one file per task and stage, committed whole, skipped when found valid.
 
-A cleaned part holds documents as arrays: the UTF-8 of all turns end to end, the length and role of each turn, the turns
-of each document and its 64-bit hash. An encoded part holds documents in the order of their place in the dataset, so that
+A cleaned part holds documents as arrays: the UTF-8 of all turns with a separator after each, the length and role of each
+turn, the turns of each document and its 64-bit hash. An encoded part holds documents in the order of their place in the dataset, so that
 every output shard is one slice of every part. All are .npy, of numbers alone: nothing executable.
 """
 
 import contextlib
+import dataclasses
 import functools
 import io
 import itertools
@@ -27,6 +28,7 @@ from store.errors import DataError, StoreError
 T = TypeVar("T")
 Proof = dict[str, list]  # file name: [bytes, xxh3 of them]
 
+SEPARATOR = b" ZQ000"  # with it a stretch of the text is what the encoder takes as one string: prep/encode.py tells why
 PACKED = 1  # zstd level for text: to 40 % at 300 MB/s, where it would not all fit the disk otherwise
 
 
@@ -81,7 +83,7 @@ class Gathered:
             for a, b in itertools.pairwise(itertools.accumulate(self.doc_turns, initial=0))
         ]
         return Documents(
-            np.frombuffer(b"".join(self.said), np.uint8),
+            np.frombuffer(separated(self.said), np.uint8),
             np.fromiter(map(len, self.said), np.uint32, len(self.said)),
             np.frombuffer(roles, np.uint8),
             np.array(self.doc_turns, np.uint32),
@@ -93,8 +95,8 @@ class Gathered:
 class Documents:
     """Cleaned documents of one part."""
 
-    text: np.ndarray  # (bytes,) uint8, all turns end to end
-    turn_bytes: np.ndarray  # (turns,) uint32
+    text: np.ndarray  # (bytes,) uint8, all turns end to end, SEPARATOR after each
+    turn_bytes: np.ndarray  # (turns,) uint32, without separators
     turn_role: np.ndarray  # (turns,) uint8, index into ROLES
     doc_turns: np.ndarray  # (documents,) uint32
     doc_hash: np.ndarray  # (documents,) uint64
@@ -111,15 +113,24 @@ class Documents:
         """Only the documents where `keep`, (documents,) bool, is true."""
         if keep.all():
             return self
-        turns = np.repeat(keep, self.doc_turns)
-        text = self.text[np.repeat(turns, self.turn_bytes)]
-        return Documents(text, self.turn_bytes[turns], self.turn_role[turns], self.doc_turns[keep], self.doc_hash[keep])
+        chosen = self.select_turns(np.repeat(keep, self.doc_turns))
+        return dataclasses.replace(chosen, doc_turns=self.doc_turns[keep], doc_hash=self.doc_hash[keep])
+
+    def select_turns(self, keep: np.ndarray) -> "Documents":
+        """Only the turns where `keep`, (turns,) bool, is true; documents may be left without any."""
+        of_document = np.repeat(np.arange(len(self.doc_turns)), self.doc_turns)
+        return Documents(
+            self.text[np.repeat(keep, np.diff(self.turn_at()))],
+            self.turn_bytes[keep],
+            self.turn_role[keep],
+            np.bincount(of_document[keep], minlength=len(self.doc_turns)).astype(np.uint32),
+            self.doc_hash,
+        )
 
     def blocks(self, n_bytes: int) -> Iterator["Documents"]:
         """The documents in order, about `n_bytes` of text at a time, at least one document; views, not copies."""
         turn_at = np.append(0, np.cumsum(self.doc_turns, dtype=np.int64))
-        text_at = np.append(0, np.cumsum(self.turn_bytes, dtype=np.int64))
-        doc_at = text_at[turn_at]
+        doc_at = self.turn_at()[turn_at]
         first = 0
         while first < len(self.doc_turns):
             last = max(int(np.searchsorted(doc_at, doc_at[first] + n_bytes, "right")) - 1, first + 1)
@@ -128,10 +139,17 @@ class Documents:
                             self.doc_turns[docs], self.doc_hash[docs])  # fmt: skip
             first = last
 
+    def text_bytes(self) -> int:
+        """Bytes of the text of all turns."""
+        return int(self.turn_bytes.sum(dtype=np.int64))
+
+    def turn_at(self) -> np.ndarray:
+        """(turns + 1,) int64: where each turn begins in `text`."""
+        return turn_at(self.turn_bytes)
+
     def turns(self) -> list[str]:
         """The text of every turn."""
-        blob, ends = self.text.tobytes(), np.cumsum(self.turn_bytes, dtype=np.int64).tolist()
-        return [blob[a:b].decode() for a, b in itertools.pairwise([0, *ends])]
+        return turns(self.text, self.turn_bytes)
 
 
 @dataclass
@@ -143,10 +161,26 @@ class Encoded:
     ids: np.ndarray  # (sum of tokens,) uint16 or uint32, documents end to end
 
 
+def separated(said: Iterable[bytes]) -> bytes:
+    """Text as `Documents` have it, of the UTF-8 of turns."""
+    return SEPARATOR.join([*said, b""])
+
+
+def turn_at(turn_bytes: np.ndarray) -> np.ndarray:
+    """(turns + 1,) int64: where each turn begins in text as `Documents` have it."""
+    return np.append(0, np.cumsum(turn_bytes + np.int64(len(SEPARATOR))))
+
+
+def turns(text: bytes | np.ndarray, turn_bytes: np.ndarray) -> list[str]:
+    """Each turn of text as `Documents` have it."""
+    begins, blob = turn_at(turn_bytes)[:-1], memoryview(text)
+    return [str(blob[a:b], "utf-8") for a, b in zip(begins.tolist(), (begins + turn_bytes).tolist(), strict=True)]
+
+
 def save_documents(path: Path, documents: Documents, level: int | None = PACKED) -> Proof:
     """Publish a cleaned part and its index."""
     turn_ends = np.cumsum(documents.doc_turns, dtype=np.int64)
-    text_ends = np.append(0, np.cumsum(documents.turn_bytes, dtype=np.int64))[turn_ends]
+    text_ends = np.append(0, np.cumsum(documents.turn_bytes, dtype=np.int64))[turn_ends]  # without separators
     index = np.stack([documents.doc_hash, np.diff(text_ends, prepend=0).astype(np.uint64)])
     return save_arrays(path, documents, level) | save_array(path.with_suffix(".index.npy"), index)
 

@@ -97,7 +97,7 @@ def clean_task(task: corpus.Task, work: Path, rules: cleaning.Settings, fields: 
     def write() -> None:
         nonlocal waiting, waiting_bytes
         documents = waiting.documents()
-        counts.update(kept=len(waiting), kept_bytes=len(documents.text), turns=len(documents.turn_role))
+        counts.update(kept=len(waiting), kept_bytes=documents.text_bytes(), turns=len(documents.turn_role))
         counts["chat"] += int(np.count_nonzero(documents.turn_role[waiting.first_turns()]))
         path = work / f"clean-{task.index:06d}-{len(files) // 2:04d}.docs"
         files.update(parts.save_documents(path, documents, level))
@@ -332,7 +332,7 @@ def encode_task(
     about = figures.measure(documents, turn_ids, encoded, vocab_size=vocab_size, spread_limit=spread_limit)
     narrow = figures.Figures(*(counts.astype(np.uint32) for counts in vars(about).values()))
     files = parts.save_encoded(out, encoded) | parts.save_arrays(_figures_path(out), narrow)
-    return parts.save_marker(marker_path, {"bytes": len(documents.text)}, files)
+    return parts.save_marker(marker_path, {"bytes": documents.text_bytes()}, files)
 
 
 def _encoded_part(cleaned: Path) -> Path:

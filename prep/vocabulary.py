@@ -53,7 +53,7 @@ def count_task(path: Path, chosen: np.ndarray, repeated: np.ndarray | None, unit
     documents = kept_documents(path, chosen, repeated)
     texts = documents.turns()
     counts = char_level.count_characters(texts) if unit == "characters" else bpe.count_words(texts, unit)
-    return len(documents.text), counts
+    return documents.text_bytes(), counts
 
 
 def sample_batches(cleaned: Cleaned, selection: Selection, meter: Meter) -> Iterator[list[str]]:
@@ -61,7 +61,7 @@ def sample_batches(cleaned: Cleaned, selection: Selection, meter: Meter) -> Iter
     for job in _sampled(cleaned, selection):
         documents = kept_documents(*job)
         yield documents.turns()
-        meter.add(len(documents.text))
+        meter.add(documents.text_bytes())
 
 
 def _sampled(cleaned: Cleaned, selection: Selection) -> Iterator[tuple[Path, np.ndarray, np.ndarray | None]]:

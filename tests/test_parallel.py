@@ -196,16 +196,19 @@ def test_under_torchrun_a_killed_rank_comes_back_and_a_stop_is_saved(data, tmp_p
 
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-    wait_for(15, process)
-    while not checkpoint.committed(str(tmp_path / "out")):  # that of step 10 is on its way
-        time.sleep(0.02)
-    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    assert len(workers) == WORLD
-    os.kill(int(workers[1]), signal.SIGKILL)
-    begun = checkpoint.committed(str(tmp_path / "out"))[-1].step
-    wait_for(begun + 20, process)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(200) == 1  # torchrun's own, whatever its workers end with
+    try:
+        wait_for(15, process)
+        while not checkpoint.committed(str(tmp_path / "out")):  # that of step 10 is on its way
+            time.sleep(0.02)
+        workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+        assert len(workers) == WORLD
+        os.kill(int(workers[1]), signal.SIGKILL)
+        begun = checkpoint.committed(str(tmp_path / "out"))[-1].step
+        wait_for(begun + 20, process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(200) == 1  # torchrun's own, whatever its workers end with
+    finally:
+        process.terminate()  # after a failure above: it would train for hours
     said = process.stderr.read()
     newest = checkpoint.committed(str(tmp_path / "out"))[-1]
     assert newest.attempt == 2

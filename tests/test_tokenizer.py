@@ -161,7 +161,7 @@ SEPARATORS = st.sampled_from([" ZQ000", "ZQ000", " ZQ", "000", " ZQ0001", " ZQ00
 def test_joined_texts_may_hold_the_separator(tokenizer, texts, size):
     pytest.importorskip("fastokens")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encode, "JOINED_CHARS", size)
+        patch.setattr(encode, "JOINED_BYTES", size)
         made = joined_encoder(tokenizer.json_text).encode_batch(texts)
     assert encode.disproof(made, tokenizer.encode_batch(texts)) is None
 
