@@ -8,8 +8,10 @@ import time
 from collections.abc import Iterator
 from contextvars import ContextVar
 from types import TracebackType
+from typing import TYPE_CHECKING
 
-import psutil
+if TYPE_CHECKING:
+    import psutil
 
 PLAIN_EVERY_S = 10.0
 SAMPLE_EVERY_S = 0.25
@@ -39,9 +41,11 @@ def count(n: float) -> str:
     return f"{n:.0f}"
 
 
-def resident(process: psutil.Process) -> list[int]:
-    """Bytes of memory that a process and each of its descendants hold now; pages they share count once for each."""
-    sizes = []
+def resident(process: "psutil.Process | None" = None) -> list[int]:
+    """Bytes of memory that a process (this one) and each of its descendants hold now; pages they share count in each."""
+    import psutil  # not before a program has begun its work
+
+    process, sizes = process or psutil.Process(), []
     with contextlib.suppress(psutil.Error):
         for p in (process, *process.children(recursive=True)):
             with contextlib.suppress(psutil.Error):  # it ended just now; the others count
@@ -137,7 +141,7 @@ class Meter:
     def _watch(self) -> None:
         last_plain_s = self.start_s
         while True:
-            self.memory = sum(resident(psutil.Process()))
+            self.memory = sum(resident())
             self.peak_memory = max(self.peak_memory, self.memory)
             if self.live:
                 self.live.update(self._task, completed=self.done, line=self.line())

@@ -80,14 +80,15 @@ def enter(
         lock.hold(work / f"{LOCK}-{share}")
     if not (created or resume):
         raise UserError(f"{fs.redact(output)}: holds an unfinished run: add --resume to go on, or delete it")
-    fs.create(str(work / JOB), json.dumps(job | {"versions": versions, "code": code_versions()}).encode())
+    code = code_versions()
+    fs.create(str(work / JOB), json.dumps(job | {"versions": versions, "code": code}).encode())
     begun = json.loads((work / JOB).read_bytes())
     same_job(begun, job, output)
     for name, now in versions.items():
         if (before := begun["versions"].get(name)) != now:
             raise UserError(f"{fs.redact(output)}: was begun with {name} {before}, now it is {now}: "
                             f"install that version again, or delete {work} and begin anew")  # fmt: skip
-    if changed := sorted(name for name, _ in begun.get("code", {}).items() ^ code_versions().items()):
+    if changed := sorted(name for name, _ in begun.get("code", {}).items() ^ code.items()):
         raise UserError(f"{fs.redact(output)}: was begun with another version of this program, which has changed since "
                         f"({changed[0]}): check the old one out again, or delete {work} and begin anew")  # fmt: skip
     return created

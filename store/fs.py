@@ -19,9 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import BinaryIO
-
-import fsspec
+from typing import Any, BinaryIO
 
 from store import drive, remote
 from store.errors import DataError, NotFound, StoreError
@@ -72,8 +70,7 @@ def size(url: str) -> int | None:
     """Bytes stored under the name; None when there is nothing or it is a folder."""
 
     def work() -> int | None:
-        fs, path = filesystem(url)
-        info = call(fs, "info", path)
+        info = _info(url)
         return None if info["type"] == "directory" else info["size"]
 
     try:
@@ -86,8 +83,7 @@ def exists(url: str) -> bool:
     """True when a file or a folder has that name."""
 
     def work() -> bool:
-        fs, path = filesystem(url)
-        call(fs, "info", path)
+        _info(url)
         return True
 
     try:
@@ -100,18 +96,31 @@ def modified_s(url: str) -> float | None:
     """When the name was last written, in seconds since 1970 by the store's clock; None where a store does not tell."""
 
     def work() -> float | None:
-        fs, path = filesystem(url)
-        info = call(fs, "info", path)
+        info = _info(url)
         when = info.get("mtime") or info.get("LastModified")  # of gcsfs, of s3fs
         return when.timestamp() if isinstance(when, datetime) else when
 
     return attempt(url, "look up", work)
 
 
+def _info(url: str) -> dict[str, Any]:
+    """What stands under the name, in fsspec's words. Raises FileNotFoundError."""
+    if is_local(url):
+        found = os.stat(local_path(url))
+        kind = "directory" if stat.S_ISDIR(found.st_mode) else "file"
+        return {"type": kind, "size": found.st_size, "mtime": found.st_mtime}
+    fs, path = filesystem(url)
+    return call(fs, "info", path)
+
+
 def read_bytes(url: str, start: int | None = None, stop: int | None = None) -> bytes:
     """The whole object or the bytes [start, stop). Raises NotFound, StoreError."""
 
     def work() -> bytes:
+        if is_local(url):
+            with open(local_path(url), "rb") as f:
+                f.seek(start or 0)
+                return f.read() if stop is None else f.read(stop - (start or 0))
         fs, path = filesystem(url)
         return call(fs, "cat_file", path, start=start, end=stop, n_bytes=(stop or 0) - (start or 0))
 
@@ -189,8 +198,9 @@ def list_folder(url: str) -> list[Entry]:
     """What is directly inside, sorted by name; empty when the folder is missing or empty."""
 
     def work() -> list[Entry]:
-        if is_local(url):
-            _place(url)  # an empty folder where the Drive should be must not look like a run without checkpoints
+        if is_local(url):  # an empty folder where the Drive should be must not look like a run without checkpoints
+            with os.scandir(_place(url)) as found:
+                return sorted((Entry(e.name, _bytes(e)) for e in found), key=lambda e: e.name)
         fs, path = filesystem(url)
         fs.invalidate_cache()
         infos = call(fs, "ls", path, detail=True)
@@ -202,6 +212,14 @@ def list_folder(url: str) -> list[Entry]:
         return attempt(url, "list", work)
     except NotFound:
         return []
+
+
+def _bytes(entry: os.DirEntry) -> int | None:
+    """Of a file; None of a folder, 0 of a link to nothing, or of what went just now."""
+    try:
+        return None if entry.is_dir() else entry.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def find_files(url: str) -> list[tuple[str, int]]:
@@ -237,7 +255,9 @@ def _find_local(url: str) -> Iterator[tuple[str, int]]:
         names = path.split("/")
         fixed = next(i for i, name in enumerate(names) if _has_magic(name))
         depth = None if "**" in path else len(names) - fixed
-        wanted = re.compile(fsspec.utils.glob_translate(path)).match
+        from fsspec.utils import glob_translate  # loads all of fsspec
+
+        wanted = re.compile(glob_translate(path)).match
         yield from _walk("/".join(names[:fixed]) or "/", depth, wanted, hidden="/." in path, seen=set())
     elif os.path.isdir(path):
         yield from _walk(path, None, bool, hidden=False, seen=set())

@@ -1,19 +1,23 @@
-"""fsspec's drivers, held to what is needed of them: no listing cache, no wait without an end, uploads that are proved."""
+"""fsspec's drivers, held to what is needed of them: no listing cache, no wait without an end, uploads that are proved.
+
+fsspec is loaded where it is first needed: with asyncio and ssl it takes 0.03 s, which local work need not wait for.
+"""
 
 import base64
 import errno
 import hashlib
 import os
+import sys
 from pathlib import Path
-from typing import Any
-
-import fsspec
-import fsspec.asyn
+from typing import TYPE_CHECKING, Any
 
 from store.errors import StoreError
 from store.retry import aws_code, redact
 
 EXCLUSIVE = ("gs", "gcs", "s3", "s3a", "memory")  # drivers that honour mode="create"; others can swallow it
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
 PART_BYTES = 50 << 20  # of an upload in parts: gcsfs's and s3fs's own choice, given so that S3's hash can be computed
 PIECE_BYTES = 64 << 20  # of a download: short enough for REQUEST_S, long enough for latency not to matter
 CONNECT_S, SILENCE_S = 30.0, 60.0  # until a server accepts, and that it may say nothing after a request
@@ -21,25 +25,29 @@ REQUEST_S = (
     600.0  # one request in all: 50 MiB at 90 kB/s. gcsfs has no limit of its own: a silent server hangs it for ever
 )
 SLOWEST_BYTES_PER_S = 90_000
-_parents: list[fsspec.AbstractFileSystem] = []
+_parents: list["AbstractFileSystem"] = []
 
 
 def _forked() -> None:
     """The thread that runs the drivers does not live on in a forked process; fsspec 2025.3.0 does not notice, and hangs."""
-    fsspec.asyn.reset_lock()
+    if (asyn := sys.modules.get("fsspec.asyn")) is None:
+        return
+    asyn.reset_lock()
     # Kept for good: collected here, s3fs 2025.3.0 closes its connections in the epoll that both processes share, and the
     # parent's next request waits for an answer that it is not told of any more (15 s, measured).
-    for driver in fsspec.asyn.AsyncFileSystem.__subclasses__():
+    for driver in asyn.AsyncFileSystem.__subclasses__():
         _parents.extend(driver._cache.values())
 
 
 os.register_at_fork(after_in_child=_forked)
 
 
-def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+def filesystem(url: str) -> tuple["AbstractFileSystem", str]:
     """The filesystem object and its path. Made where it is used: gcsfs is not fork-safe, and listing caches lie."""
-    protocol = url.split("://")[0] if "://" in url else "file"
-    options: dict[str, Any] = {} if protocol in ("file", "memory") else {"use_listings_cache": False}
+    import fsspec
+
+    protocol = url.split("://")[0]
+    options: dict[str, Any] = {} if protocol == "memory" else {"use_listings_cache": False}
     if protocol in ("gs", "gcs", "http", "https"):
         import aiohttp
 
@@ -55,10 +63,12 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
         ) from e
 
 
-def call(fs: fsspec.AbstractFileSystem, name: str, *args: Any, n_bytes: int = 0, **kwargs: Any) -> Any:
+def call(fs: "AbstractFileSystem", name: str, *args: Any, n_bytes: int = 0, **kwargs: Any) -> Any:
     """`fs.name(*args)`, or TimeoutError after the time that even a slow network needs for `n_bytes`."""
     if not fs.async_impl:
         return getattr(fs, name)(*args, **kwargs)
+    import fsspec.asyn
+
     limit_s = 2 * SILENCE_S + n_bytes / SLOWEST_BYTES_PER_S
     try:
         return fsspec.asyn.sync(fs.loop, getattr(fs, f"_{name}"), *args, timeout=limit_s, **kwargs)
@@ -78,7 +88,7 @@ def upload(url: str, source: Path | bytes) -> None:
     prove(fs, path, url, source)
 
 
-def prove(fs: fsspec.AbstractFileSystem, path: str, url: str, source: Path | bytes) -> None:
+def prove(fs: "AbstractFileSystem", path: str, url: str, source: Path | bytes) -> None:
     """Raises OSError (EIO) unless the store holds exactly the bytes of `source`, by its hash or by reading them back."""
     whole, by_part, n_bytes = _md5s(source)
     fs.invalidate_cache()
@@ -115,7 +125,7 @@ def _pieces(source: Path | bytes) -> Any:
         yield from iter(lambda: f.read(PART_BYTES), b"")
 
 
-def _held(fs: fsspec.AbstractFileSystem, path: str, n_bytes: int) -> str:
+def _held(fs: "AbstractFileSystem", path: str, n_bytes: int) -> str:
     digest = hashlib.md5(usedforsecurity=False)
     for start in range(0, n_bytes, PIECE_BYTES):
         stop = min(start + PIECE_BYTES, n_bytes)

@@ -12,11 +12,12 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextvars import ContextVar
-from typing import TypeVar
-
-import tenacity
+from typing import TYPE_CHECKING, TypeVar
 
 from store.errors import NotFound, StoreError, Unreachable
+
+if TYPE_CHECKING:
+    import tenacity
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -110,14 +111,19 @@ def _plainly(work: Callable[[], T]) -> T:
         raise
 
 
-def _again(state: tenacity.RetryCallState) -> bool:
+def _may_pass(error: BaseException, tries: int) -> bool:
+    """Whether another try may help after so many."""
+    if _status(error) == 401:  # a token that was just renewed, on its way to every server
+        return tries <= UNAUTHORISED_TRIES
+    return is_transient(error)
+
+
+def _again(state: "tenacity.RetryCallState") -> bool:
     error = state.outcome.exception() if state.outcome else None
-    if error is not None and _status(error) == 401:  # a token that was just renewed, on its way to every server
-        return state.attempt_number <= UNAUTHORISED_TRIES
-    return error is not None and is_transient(error)
+    return error is not None and _may_pass(error, state.attempt_number)
 
 
-def _warn(state: tenacity.RetryCallState) -> None:
+def _warn(state: "tenacity.RetryCallState") -> None:
     error = state.outcome.exception() if state.outcome else None
     log.warning("storage: %s; trying again (attempt %d)", _one_line(error), state.attempt_number + 1)
 
@@ -164,26 +170,45 @@ def _until(end_s: float, work: Callable[[], T], met: list[BaseException]) -> T:
     return answer.result()
 
 
+def _patiently(work: Callable[[], T]) -> T:
+    """`work()`, again with backoff and jitter while its fault is transient, until patience ends."""
+    patience_s, begin_s = _patience_s.get(), time.monotonic()
+    asked = functools.partial(_plainly, work)
+    if patience_s is not None:
+        asked = functools.partial(_until, begin_s + patience_s, work, [])
+    try:
+        return asked()
+    except Exception as e:
+        if not _may_pass(e, 1):
+            raise
+        faults = [e]
+
+    import tenacity  # with asyncio it takes 0.03 s to load, and nearly nothing ever fails
+
+    def next_try() -> T:
+        if faults:
+            raise faults.pop()
+        return asked()
+
+    took_s = time.monotonic() - begin_s
+    return tenacity.Retrying(
+        retry=_again,
+        wait=tenacity.wait_random_exponential(multiplier=FIRST_WAIT_S, max=LONGEST_WAIT_S),
+        stop=tenacity.stop_after_delay(RETRY_FOR_S - took_s)
+        if patience_s is None
+        else tenacity.stop_before_delay(patience_s - took_s),
+        before_sleep=_warn if patience_s is None else None,
+        reraise=True,
+    )(next_try)
+
+
 def attempt(url: str, action: str, work: Callable[[], T]) -> T:
     """Run `work`, again with backoff and jitter while the fault is transient; anything final is one StoreError.
 
     Unreachable where it was still worth another try when patience ended.
     """
-    patience_s = _patience_s.get()
-    if patience_s is None:
-        asked, stop = functools.partial(_plainly, work), tenacity.stop_after_delay(RETRY_FOR_S)
-    else:
-        end_s, stop = time.monotonic() + patience_s, tenacity.stop_before_delay(patience_s)
-        asked = functools.partial(_until, end_s, work, [])
-    retrying = tenacity.Retrying(
-        retry=_again,
-        wait=tenacity.wait_random_exponential(multiplier=FIRST_WAIT_S, max=LONGEST_WAIT_S),
-        stop=stop,
-        before_sleep=_warn if patience_s is None else None,
-        reraise=True,
-    )
     try:
-        return retrying(asked)
+        return _patiently(work)
     except StoreError:
         raise
     except (FileNotFoundError, NotADirectoryError) as e:

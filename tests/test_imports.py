@@ -90,6 +90,16 @@ def test_prep_runs_without_torch():
     assert ran.returncode == 0, ran.stderr
 
 
+def test_local_work_waits_for_no_drivers():
+    """fsspec, tenacity (with asyncio) and psutil take 0.06 s to load: each where it is first needed."""
+    ran = python(
+        "import prep.tokenize_bpe, sys; from store import fs; assert fs.size('README.md') and fs.list_folder('prep')\n"
+        "assert not fs.exists('no such file')\n"
+        "assert not {'fsspec', 'tenacity', 'asyncio', 'psutil'} & set(sys.modules)"
+    )
+    assert ran.returncode == 0, ran.stderr
+
+
 def test_importing_does_nothing():
     """No output, no threads, no child processes, no devices, no signal handlers, no change to sys.path or logging."""
     ran = python(
