@@ -63,11 +63,8 @@ class Encoder:
         """(all ids, ids of each turn) of text as `parts.Documents` have it."""
         joined = None
         if self.separator is not None and len(turn_bytes):
-            begins = turn_at(turn_bytes)
-            first = np.flatnonzero(np.diff(begins[:-1] // JOINED_BYTES, prepend=-1))  # turns that begin a string
-            cuts, blob = np.append(first, len(turn_bytes)), memoryview(text)
-            strings = [str(blob[a:b], "utf-8") for a, b in itertools.pairwise(begins[cuts].tolist())]
-            joined = self._split(*self._encode_each(strings), np.diff(cuts))
+            strings, n_turns = _join(text, turn_bytes)
+            joined = self._split(*self._encode_each(strings), n_turns)
             if joined and not any(map(_is_doubtful, strings)):
                 return joined
         texts = turns(text, turn_bytes)
@@ -98,6 +95,14 @@ class Encoder:
         for i in doubtful:
             of_each[i] = np.array(self.reference.encode(texts[i]), np.uint32)
         return np.concatenate(of_each), np.fromiter(map(len, of_each), np.int64, len(of_each))
+
+
+def _join(text: bytes | np.ndarray, turn_bytes: np.ndarray) -> tuple[list[str], np.ndarray]:
+    """(strings of about JOINED_BYTES, a separator after each turn; how many turns each is) of at least one turn."""
+    begins, blob = turn_at(turn_bytes), memoryview(text)
+    first = np.flatnonzero(np.diff(begins[:-1] // JOINED_BYTES, prepend=-1))
+    cuts = np.append(first, len(turn_bytes))
+    return [str(blob[a:b], "utf-8") for a, b in itertools.pairwise(begins[cuts].tolist())], np.diff(cuts)
 
 
 def _is_doubtful(text: str) -> bool:
