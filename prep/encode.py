@@ -15,7 +15,7 @@ import numpy as np
 from gpt.tokenizer import END_OF_TEXT, END_OF_TURN, ROLE_TOKENS, SPLIT_PATTERNS, Tokenizer, blank_tokenizer
 from prep.dedup import place, shuffle_key, validates
 from prep.formats import ROLES
-from prep.parts import SEPARATOR, Documents, Encoded, separated, turn_at, turns
+from prep.parts import SEPARATOR, Documents, Encoded, separated, turn_begins, turn_texts
 
 Engine = Literal["joined", "fastokens", "tokenizers"]  # "joined": fastokens, many texts in each string
 # Of all characters the two that fastokens 0.3.5 cuts words at otherwise than `tokenizers`: the long s, which is an s when
@@ -67,7 +67,7 @@ class Encoder:
             joined = self._split(*self._encode_each(strings), n_turns)
             if joined and not any(map(_is_doubtful, strings)):
                 return joined
-        texts = turns(text, turn_bytes)
+        texts = turn_texts(text, turn_bytes)
         if self.fast is None:
             return self.reference.encode_batch(texts)
         return self._encode_again(texts, *(joined or self._encode_each(texts)))
@@ -99,7 +99,7 @@ class Encoder:
 
 def _join(text: bytes | np.ndarray, turn_bytes: np.ndarray) -> tuple[list[str], np.ndarray]:
     """(strings of about JOINED_BYTES, a separator after each turn; how many turns each is) of at least one turn."""
-    begins, blob = turn_at(turn_bytes), memoryview(text)
+    begins, blob = turn_begins(turn_bytes), memoryview(text)
     first = np.flatnonzero(np.diff(begins[:-1] // JOINED_BYTES, prepend=-1))
     cuts = np.append(first, len(turn_bytes))
     return [str(blob[a:b], "utf-8") for a, b in itertools.pairwise(begins[cuts].tolist())], np.diff(cuts)

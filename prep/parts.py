@@ -129,12 +129,12 @@ class Documents:
 
     def blocks(self, n_bytes: int) -> Iterator["Documents"]:
         """The documents in order, about `n_bytes` of text at a time, at least one document; views, not copies."""
-        turn_at = np.append(0, np.cumsum(self.doc_turns, dtype=np.int64))
-        doc_at = self.turn_at()[turn_at]
+        doc_turn = np.append(0, np.cumsum(self.doc_turns, dtype=np.int64))  # where each document begins among the turns
+        doc_at = self.turn_at()[doc_turn]
         first = 0
         while first < len(self.doc_turns):
             last = max(int(np.searchsorted(doc_at, doc_at[first] + n_bytes, "right")) - 1, first + 1)
-            turns, docs = slice(turn_at[first], turn_at[last]), slice(first, last)
+            turns, docs = slice(doc_turn[first], doc_turn[last]), slice(first, last)
             yield Documents(self.text[doc_at[first] : doc_at[last]], self.turn_bytes[turns], self.turn_role[turns],
                             self.doc_turns[docs], self.doc_hash[docs])  # fmt: skip
             first = last
@@ -145,11 +145,11 @@ class Documents:
 
     def turn_at(self) -> np.ndarray:
         """(turns + 1,) int64: where each turn begins in `text`."""
-        return turn_at(self.turn_bytes)
+        return turn_begins(self.turn_bytes)
 
     def turns(self) -> list[str]:
         """The text of every turn."""
-        return turns(self.text, self.turn_bytes)
+        return turn_texts(self.text, self.turn_bytes)
 
 
 @dataclass
@@ -166,14 +166,14 @@ def separated(said: Iterable[bytes]) -> bytes:
     return SEPARATOR.join([*said, b""])
 
 
-def turn_at(turn_bytes: np.ndarray) -> np.ndarray:
+def turn_begins(turn_bytes: np.ndarray) -> np.ndarray:
     """(turns + 1,) int64: where each turn begins in text as `Documents` have it."""
     return np.append(0, np.cumsum(turn_bytes + np.int64(len(SEPARATOR))))
 
 
-def turns(text: bytes | np.ndarray, turn_bytes: np.ndarray) -> list[str]:
+def turn_texts(text: bytes | np.ndarray, turn_bytes: np.ndarray) -> list[str]:
     """Each turn of text as `Documents` have it."""
-    begins, blob = turn_at(turn_bytes)[:-1], memoryview(text)
+    begins, blob = turn_begins(turn_bytes)[:-1], memoryview(text)
     return [str(blob[a:b], "utf-8") for a, b in zip(begins.tolist(), (begins + turn_bytes).tolist(), strict=True)]
 
 
