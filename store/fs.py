@@ -200,7 +200,7 @@ def list_folder(url: str) -> list[Entry]:
     def work() -> list[Entry]:
         if is_local(url):  # an empty folder where the Drive should be must not look like a run without checkpoints
             with os.scandir(_place(url)) as found:
-                return sorted((Entry(e.name, _bytes(e)) for e in found), key=lambda e: e.name)
+                return sorted((Entry(e.name, _file_bytes(e)) for e in found), key=lambda e: e.name)
         fs, path = filesystem(url)
         fs.invalidate_cache()
         infos = call(fs, "ls", path, detail=True)
@@ -214,7 +214,7 @@ def list_folder(url: str) -> list[Entry]:
         return []
 
 
-def _bytes(entry: os.DirEntry) -> int | None:
+def _file_bytes(entry: os.DirEntry) -> int | None:
     """Of a file; None of a folder, 0 of a link to nothing, or of what went just now."""
     try:
         return None if entry.is_dir() else entry.stat().st_size
